@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from msn_eval.errors import INTERRUPTED, PREEMPTED
+from msn_eval.errors import INTERRUPTED, PREEMPTED, format_count
 
 _log = logging.getLogger(__name__)
 _MACHINE = Path("/proc/meminfo")
@@ -91,8 +91,9 @@ def affordable_workers(wanted: int, *, batch_bytes: int) -> int:
     needed = _local_ranks() * (_LOCK_BYTES + 3 * batch_bytes)
     affordable = min(wanted, free // needed)
     if affordable < wanted:
-        text = "%s has room for %d loader processes instead of %d: %s of %s bytes are free for each"
-        _log.warning(text, _SHARED_MEMORY, affordable, wanted, f"{free // wanted:,}", f"{needed:,}")
+        text = "%s has room for %s instead of %d: %s of %s bytes are free for each"
+        processes = format_count(affordable, "loader process", "loader processes")
+        _log.warning(text, _SHARED_MEMORY, processes, wanted, f"{free // wanted:,}", f"{needed:,}")
     return affordable
 
 

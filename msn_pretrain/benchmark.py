@@ -177,7 +177,7 @@ def describe(recipe: Recipe, *, allowed: Sequence[str] = (), elsewhere: bool = F
         f"images      {len(images):,} for training, from {recipe.data.root}",
         f"views       {kinds} per image, made {where}",
         f"parameters  {trained:,} trained, {total:,} in total, {encoder:,} in the encoder that is evaluated",
-        f"steps       {order.steps_per_epoch * epochs:,}: {epochs} epochs of {order.steps_per_epoch}, "
+        f"steps       {order.steps_per_epoch * epochs:,}: {format_count(epochs, 'epoch')} of {order.steps_per_epoch}, "
         f"{recipe.optimization.batch_size} images each",
         f"computing   {precision_of(recipe, device)} on {recipe.run.device}",
         f"memory      about {max(memory / _GIB, 0.1):.1f} GiB for each of {format_count(len(devices), 'rank')} (estimate)",

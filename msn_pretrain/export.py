@@ -9,7 +9,7 @@ from msn_eval.checkpoints.convert import convert_checkpoint
 from msn_eval.checkpoints.formats.safetensors import read_metadata
 from msn_eval.checkpoints.run_folder import SnapshotFiles, is_run_folder, newest_snapshot
 from msn_eval.checkpoints.stored import ARCHITECTURE, IMAGE_PIXELS
-from msn_eval.errors import CheckpointError, UsageError
+from msn_eval.errors import CheckpointError, UsageError, format_count
 from msn_eval.models.architectures import name_architecture
 from msn_eval.models.build import outline_network
 from msn_pretrain.training.snapshot import EvaluatedEncoder, read_snapshot, write_encoder, write_torch_file
@@ -56,7 +56,7 @@ def export(run: Path, out: Path, *, to: str) -> str:
             _write_release(files, out)
         case _:
             _write_torchvision(files, out, architecture)
-    return f"{out}: {architecture}, {files.epoch} epochs, for {to}"
+    return f"{out}: {architecture}, {format_count(files.epoch, 'epoch')}, for {to}"
 
 
 def _write_release(files: SnapshotFiles, out: Path) -> None:

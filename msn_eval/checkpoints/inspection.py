@@ -7,7 +7,14 @@ from typing import Any
 from torch import nn
 
 from msn_eval.checkpoints.sanity_checks import describe_values, join_statistics
-from msn_eval.checkpoints.stored import StoredCheckpoint, choose_stored, fit_weights, list_alarms, read_contents
+from msn_eval.checkpoints.stored import (
+    StoredCheckpoint,
+    choose_stored,
+    describe_misfits,
+    fit_weights,
+    list_alarms,
+    read_contents,
+)
 from msn_eval.errors import CheckpointError
 from msn_eval.models.build import outline_network
 from msn_eval.models.vit import find_position_rule, is_dinov2, native_pixels, patch_pixels, stored_pixels
@@ -139,7 +146,7 @@ def _describe_fit(stored: StoredCheckpoint, not_finite: int) -> dict[str, Any]:
     fit, normalisation = fit_weights(weights, expected), stored.normalisation
     problem = "weights hold NaN or infinite values" if not_finite else None
     if fit.lines:
-        problem = f"{len(fit.lines)} of {len(expected)} weights do not fit {stored.architecture.name}"
+        problem = f"{describe_misfits(len(fit.lines), len(expected))} {stored.architecture.name}"
     return {
         "problem": problem,
         "params": sum(parameter.numel() for parameter in outline.parameters()),

@@ -23,7 +23,7 @@ from msn_eval.checkpoints.networks import ChosenNetwork, StoredNetwork, choose_n
 from msn_eval.checkpoints.normalisation import IMAGENET, Normalisation, choose_normalisation, read_normalisation
 from msn_eval.checkpoints.sanity_checks import TensorInfo, find_alarms
 from msn_eval.checkpoints.timm_names import convert_names
-from msn_eval.errors import CheckpointError, name_place
+from msn_eval.errors import CheckpointError, format_count, name_place
 from msn_eval.models.architectures import (
     IMAGE_CHANNELS,
     Architecture,
@@ -265,12 +265,17 @@ def check_stored(stored: StoredCheckpoint, allow_missing: tuple[str, ...] = ()) 
         arch = stored.architecture.name + (f" (network {key!r} of the file)" if key else "")
         more = [f"and {len(fit.lines) - _MAX_SHOWN} more"] if len(fit.lines) > _MAX_SHOWN else []
         listed = "\n".join(f"  {line}" for line in [*fit.lines[:_MAX_SHOWN], *more])
-        what = f"{len(fit.lines)} of {len(expected)} weights do not fit {arch}\n{listed}"
+        what = f"{describe_misfits(len(fit.lines), len(expected))} {arch}\n{listed}"
         hint = f"{_suggest_architecture(stored)}{_suggest_options(stored, allow_missing)}"
         raise CheckpointError(what, where=stored.contents.where, hint=hint)
     if fit.waived:
         _log.warning("%s: absent, so left untrained: %s", stored.contents.where, ", ".join(fit.waived))
     return fit.matched
+
+
+def describe_misfits(misfits: int, weights: int) -> str:
+    """Return how many weights do not fit, such as `1 of 150 weights does not fit`."""
+    return f"{misfits} of {format_count(weights, 'weight')} {'does' if misfits == 1 else 'do'} not fit"
 
 
 def list_alarms(stored: StoredCheckpoint, infos: Mapping[str, TensorInfo]) -> tuple[str, ...]:
@@ -408,7 +413,8 @@ def load_weights(
     """
     counts = [f"{name}: {info.not_finite:,} of {info.values:,}" for name, info in infos.items() if info.not_finite]
     if counts:
-        what = f"{len(counts)} weights hold NaN or infinite values ({', '.join(counts[:_MAX_SHOWN])})"
+        weights_hold = format_count(len(counts), "weight holds", "weights hold")
+        what = f"{weights_hold} NaN or infinite values ({', '.join(counts[:_MAX_SHOWN])})"
         hint = "A network with such weights gives no meaningful accuracy; use an earlier checkpoint."
         raise CheckpointError(what, where=where, hint=hint)
     network.load_state_dict(dict(weights), strict=False)  # what the user allows to be absent stays as it is

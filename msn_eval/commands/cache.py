@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from msn_eval.errors import StoreError, UsageError, one_line
+from msn_eval.errors import StoreError, UsageError, format_count, one_line
 
 if TYPE_CHECKING:
     from msn_eval.features.cache import FeatureFolder
@@ -53,11 +53,13 @@ def _list(cache: Path, _: argparse.Namespace) -> int:
     for folder, size, used_seconds in folders:
         rows = sum(len(manifest.contents) for manifest in read_manifests(folder))
         used = f"used {_format_age(time.time() - used_seconds)} ago"
-        print(f"{folder.digest[:12]}  {rows:>11,} rows  {_format_size(size):>9}  {used}  {_title(folder)}")
+        print(
+            f"{folder.digest[:12]}  {format_count(rows, 'row'):>16}  {_format_size(size):>9}  {used}  {_title(folder)}"
+        )
     for name in ("hashes", "indexes"):
         if statuses := _statuses(cache / name):
             total = _format_size(sum(status.st_size for status in statuses))
-            print(f"{name:<12}  {len(statuses):>10,} files  {total:>9}  of data sets")
+            print(f"{name:<12}  {format_count(len(statuses), 'file'):>16}  {total:>9}  of data sets")
     print(f"{_sum_up([size for _, size, _ in folders])}, in {one_line(str(cache))}")
     return 0
 
@@ -71,8 +73,9 @@ def _verify(cache: Path, _: argparse.Namespace) -> int:
         total += damaged
         state = f"{damaged} DAMAGED, moved to {one_line(str(folder.path))}/quarantine" if damaged else "no damage"
         name = one_line(describe_feature_folder(folder.path)[0][:_WIDEST])
-        print(f"{folder.digest[:12]}  {valid + damaged:>6} shards  {state}  {name}")
-    print(f"{total} damaged shards; their features are computed again when needed" if total else "no damage")
+        print(f"{folder.digest[:12]}  {format_count(valid + damaged, 'shard'):>13}  {state}  {name}")
+    count = format_count(total, "damaged shard; its", "damaged shards; their")
+    print(f"{count} features are computed again when needed" if total else "no damage")
     return StoreError.exit_code if total else 0
 
 
@@ -118,10 +121,10 @@ def _measure_folders(cache: Path) -> "list[tuple[FeatureFolder, int, float]]":
 
 def _title(folder: "FeatureFolder") -> str:
     from msn_eval.features.cache import describe_feature_folder
+    from msn_eval.results.row_names import shorten_architecture
 
     name, key = describe_feature_folder(folder.path)
     transform, patches = (key.get(part) for part in ("transform", "patches"))
-    from msn_eval.results.row_names import shorten_architecture
     pixels = transform.get("crop") if isinstance(transform, dict) else None
     arch = shorten_architecture(str(key.get("arch")))
     details = f"{arch}, tap {key.get('tap')}, {pixels} px, {key.get('precision')} on {key.get('device')}"
@@ -158,4 +161,4 @@ def _format_age(seconds: float) -> str:
 
 
 def _sum_up(sizes: Sequence[int]) -> str:
-    return f"{len(sizes)} set{'' if len(sizes) == 1 else 's'} of features, {_format_size(sum(sizes))}"
+    return f"{format_count(len(sizes), 'set')} of features, {_format_size(sum(sizes))}"

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
-from msn_eval.errors import MsnEvalError, ResourceError, printable
+from msn_eval.errors import MsnEvalError, ResourceError, format_count, printable
 from msn_eval.process import available_bytes, usable_cores
 
 _PACKAGES = ("msn-eval", "torch", "torchvision", "timm", "numpy", "pillow", "scikit-learn", "safetensors")
@@ -64,7 +64,7 @@ def _check_devices() -> Iterator[_Line]:
 
     names = ["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
     for name in names:
-        kind = torch.cuda.get_device_name(name) if name != "cpu" else f"{usable_cores()} cores"
+        kind = torch.cuda.get_device_name(name) if name != "cpu" else format_count(usable_cores(), "core")
         try:
             ones = torch.ones(64, 64, device=name)
             works = bool(((ones @ ones) == 64).all())
@@ -83,7 +83,7 @@ def _check_resources() -> Iterator[_Line]:
         yield _Line("memory", f"{free:,} bytes available", "Free memory." if free < _FEW_BYTES else "")
     if hasattr(os, "getloadavg"):
         busy = "; runs are slower while other processes use the cores" if os.getloadavg()[0] > usable_cores() else ""
-        yield _Line("load", f"{os.getloadavg()[0]:.1f} on {usable_cores()} cores{busy}")
+        yield _Line("load", f"{os.getloadavg()[0]:.1f} on {format_count(usable_cores(), 'core')}{busy}")
     if _SHARED_MEMORY.is_dir():
         free = shutil.disk_usage(_SHARED_MEMORY).free
         hint = "Enlarge it (docker run --shm-size=1g), or pass --workers 0." if free < _FEW_SHARED_BYTES else ""
@@ -115,8 +115,11 @@ def _check_folders(options: argparse.Namespace) -> Iterator[_Line]:
     data = options.data or os.environ.get("MSN_EVAL_DATA")
     try:
         found = read_dataset(data, cache_dir=None) if data else None
-        text = f"{len(found.train)} train, {len(found.val)} val, {len(found.classes)} classes" if found else ""
-        yield _Line("data", f"{data}: {text}" if data else "$MSN_EVAL_DATA is not set; pass --data to each command")
+        text = "$MSN_EVAL_DATA is not set; pass --data to each command"
+        if found:
+            classes = format_count(len(found.classes), "class", "classes")
+            text = f"{data}: {len(found.train):,} train, {len(found.val):,} val, {classes}"
+        yield _Line("data", text)
     except MsnEvalError as error:
         yield _Line("data", f"{error.where or data}: {error.what}", error.hint)
     lists = read_publication().lists

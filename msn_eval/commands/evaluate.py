@@ -26,6 +26,7 @@ from msn_eval.probes import find_probe, read_probes
 from msn_eval.program import split_list
 
 if TYPE_CHECKING:
+    from msn_eval.data.images import ImageSet
     from msn_eval.distributed.group import Group
     from msn_eval.evaluation.cost_estimate import CostEstimate
     from msn_eval.evaluation.evaluate import Preparation
@@ -228,16 +229,17 @@ def describe_plan(plan: "Plan") -> str:
     where = "with random labels, not written" if config.canary else f"into {config.out}"
     dropped = f", {config.patch_drop:.3g} of the patches of each dropped" if config.patch_drop else ""
     lines = [
-        f"data       {plan.data_name}: {format_count(len(plan.val), 'validation image')}, {len(plan.val.classes)} classes",
-        *(
-            f"test       {test.name}: {format_count(len(test.images), 'image')}, {len(test.images.classes)} classes"
-            for test in plan.tests
-        ),
+        f"data       {plan.data_name}: {_describe_size(plan.val, 'validation image')}",
+        *(f"test       {test.name}: {_describe_size(test.images, 'image')}" for test in plan.tests),
         f"labelled   {labelled} for {format_count(len(plan.subsets), 'draw')} ({listed:,} with repetitions){dropped}",
         f"results    {len(plan.tasks)} for {'each of ' if len(config.checkpoint) > 1 else ''}{checkpoints}, {where}",
         f"computing  {plan.precision} on {plan.device}, decoded by {config.decoder}",
     ]
     return printable("\n".join(lines))
+
+
+def _describe_size(images: "ImageSet", noun: str) -> str:
+    return f"{format_count(len(images), noun)}, {format_count(len(images.classes), 'class', 'classes')}"
 
 
 def describe_costs(costs: "Sequence[CostEstimate]", *, ranks: int = 1) -> str:

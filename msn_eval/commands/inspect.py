@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from msn_eval.errors import printable
+from msn_eval.errors import format_count, printable
 
 if TYPE_CHECKING:
     from msn_eval.checkpoints.inspection import Inspection
@@ -55,7 +55,8 @@ def _entries(inspection: "Inspection") -> Iterator[tuple[str, str]]:
     for number, network in enumerate(shown):
         used = f"  <- used: {inspection.why}" if network.used else ""
         name = _shorten(network.key) if network.key else "(the file itself)"
-        yield "" if number else "networks", f"{name}: {network.tensors:,} tensors, {network.values:,} values{used}"
+        size = f"{format_count(network.tensors, 'tensor')}, {format_count(network.values, 'value')}"
+        yield "" if number else "networks", f"{name}: {size}{used}"
     if len(inspection.networks) > len(shown):
         yield "", f"and {len(inspection.networks) - len(shown):,} more"
     if inspection.epoch is not None:
@@ -75,8 +76,9 @@ def _entries(inspection: "Inspection") -> Iterator[tuple[str, str]]:
         yield "positions", inspection.positions
     info = inspection.statistics
     if info is not None and info["mean"] is not None:
-        text = "mean {mean:.3g}, std {std:.3g}, from {minimum:.3g} to {maximum:.3g}, {zeros:,} zeros, {not_finite:,} not finite"
-        yield "weights", f"{', '.join(info['dtypes'])}; {text.format_map(info)}"
+        text = "mean {mean:.3g}, std {std:.3g}, from {minimum:.3g} to {maximum:.3g}".format_map(info)
+        counts = f"{format_count(info['zeros'], 'zero')}, {info['not_finite']:,} not finite"
+        yield "weights", f"{', '.join(info['dtypes'])}; {text}, {counts}"
     yield from _name_list("used", inspection.used)
     yield from _name_list("dropped", inspection.dropped)
     yield from _name_list("missing", inspection.missing)

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from msn_eval.errors import UsageError, did_you_mean
+from msn_eval.errors import UsageError, did_you_mean, format_count
 from msn_eval.program import split_list
 from msn_eval.reports import list_formats, load_format
 from msn_eval.results.folder import ResultScan, combine_faults, disabled_garbage_collection, scan_results
@@ -140,8 +140,9 @@ def _describe_unreadable(scan: ResultScan) -> list[str]:
         return []
     names = ", ".join(Path(fault.where).name for fault in scan.faults[:3])
     more = ", …" if len(scan.faults) > 3 else ""
-    records = "1 record that" if len(scan.faults) == 1 else f"{len(scan.faults)} records that"
-    return [f"Not used: {records} cannot be read or is not as it was written ({names}{more})."]
+    one = "record that cannot be read or is not as it was written"
+    records = format_count(len(scan.faults), one, "records that cannot be read or are not as they were written")
+    return [f"Not used: {records} ({names}{more})."]
 
 
 def _write(text: str, name: str, folder: str | None) -> None:

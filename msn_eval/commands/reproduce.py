@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from msn_eval.errors import CheckpointError, DataError, UsageError, printable
+from msn_eval.errors import CheckpointError, DataError, UsageError, format_count, printable
 
 if TYPE_CHECKING:
     from msn_eval.data import DataSet
@@ -119,7 +119,7 @@ def _describe_labelled_images(number: "Reproduction") -> str:
     lists = read_publication().lists_of(number.subset)
     count = sum(find_list(entry) is not None for entry in lists)
     hint = "" if count == len(lists) else " (run msn-eval subsets fetch)"
-    return f"{number.subset}, {count} of {len(lists)} published lists found{hint}"
+    return f"{number.subset}, {count} of {format_count(len(lists), 'published list')} found{hint}"
 
 
 def _read_inputs(numbers: "Sequence[Reproduction]", options: argparse.Namespace) -> "DataSet":

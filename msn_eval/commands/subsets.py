@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from msn_eval.data.imagenet_subsets import fetch_lists, find_list, find_user_list_folder, read_publication
-from msn_eval.errors import DataError, UsageError
+from msn_eval.errors import DataError, UsageError, format_count
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -40,7 +40,8 @@ def _list(*, must_be_complete: bool) -> int:
         if path is None:
             missing.append(f"{entry.subset}@{entry.draw}")
     if missing and must_be_complete:
-        raise DataError(f"{len(missing)} published lists were not found", hint="Run `msn-eval subsets fetch`.")
+        what = format_count(len(missing), "published list was", "published lists were")
+        raise DataError(f"{what} not found", hint="Run `msn-eval subsets fetch`.")
     return 0
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from msn_eval.errors import CheckpointError, NumericalError, StoreError, UsageError, one_line
+from msn_eval.errors import CheckpointError, NumericalError, StoreError, UsageError, format_count, one_line
 
 if TYPE_CHECKING:
     from msn_eval.config.request import EvaluationConfig
@@ -200,21 +200,25 @@ def _write_curves(folder: Path, trajectory: "Trajectory") -> list[Path]:
 
 
 def _raise_problems(folder: Path, trajectory: "Trajectory", failures: "Sequence[CheckpointError]") -> None:
-    where, count = str(folder), len(trajectory.alarms)
+    where = str(folder)
     if trajectory.alarms:
         lines = "".join(f"\n  {alarm}" for alarm in trajectory.alarms)
         hint = "Look at the curves; continue from an earlier snapshot with a changed recipe."
         kept = "Records and curves are in its eval folder."
-        raise NumericalError(f"{count} alarm{'' if count == 1 else 's'}{lines}", where=where, hint=hint, kept=kept)
+        raise NumericalError(
+            f"{format_count(len(trajectory.alarms), 'alarm')}{lines}", where=where, hint=hint, kept=kept
+        )
     if trajectory.faults:
         lines = "".join(f"\n  {fault}" for fault in trajectory.faults)
         hint = "Restore these files of its eval folder, or move them away: their snapshots are gone."
-        raise StoreError(f"{len(trajectory.faults)} files are damaged and left out{lines}", where=where, hint=hint)
+        raise StoreError(
+            f"left out {format_count(len(trajectory.faults), 'damaged file')}{lines}", where=where, hint=hint
+        )
     if len(failures) == 1:
         raise failures[0]
     if failures:
         hint = "Their errors are printed above; all other snapshots are scored."
-        raise CheckpointError(f"{len(failures)} snapshots could not be scored", where=where, hint=hint)
+        raise CheckpointError(f"{format_count(len(failures), 'snapshot')} could not be scored", where=where, hint=hint)
     if not trajectory.points:
         hint = "Wait for the end of an epoch, which writes one; without --once, watch waits for it."
         raise CheckpointError("has no finished snapshot yet", where=where, hint=hint)

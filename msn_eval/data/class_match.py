@@ -101,7 +101,8 @@ def _make_unknown_error(
             f"this test set has no class in common with the {len(trained)} trained ones ({sample}, …): it has {listed}"
         )
     else:
-        what = f"{len(unknown)} of {len(mapped)} classes of this test set are not among the trained ones: {listed}"
+        are = "is" if len(unknown) == 1 else "are"
+        what = f"{len(unknown)} of {len(mapped)} classes of this test set {are} not among the trained ones: {listed}"
     hint = "Say with --class-map FILE which trained class each of them is, or leave them out of the test set."
     if has_map:
         hint = "Write into the class map which trained class each of them is, as the folder of that class is called."

@@ -13,7 +13,7 @@ from PIL import Image
 
 from msn_eval.data.dataset import VAL_NAMES, DatasetListing, Listing, LoadOptions
 from msn_eval.data.images import Stamp, decode_image, file_stamp, name_in_class, reading
-from msn_eval.errors import DataError
+from msn_eval.errors import DataError, format_count
 from msn_eval.files.atomic import write_atomically
 from msn_eval.files.regular import read_regular_file
 
@@ -128,9 +128,8 @@ def _read_rows(table: Path) -> Iterator[tuple[int, str, str, str]]:
                 columns, n_fields = _find_columns(table, line, [name.strip() for name in row]), len(row)
                 continue
             if len(row) != n_fields:
-                raise _line_error(
-                    table, line, f"{len(row)} fields instead of {n_fields}; a path with a comma needs quotes"
-                )
+                fields = format_count(len(row), "field")
+                raise _line_error(table, line, f"{fields} instead of {n_fields}; a path with a comma needs quotes")
             image, label, split = (row[column] for column in columns)
             yield line, image, label, split.strip()
     except csv.Error as error:

@@ -12,7 +12,7 @@ from PIL import Image
 from msn_eval.data.dataset import VAL_NAMES, Listing, UnknownLayoutError
 from msn_eval.data.images import NO_CLASSES, ImageSet, Stamp, decode_image, file_stamp, is_image_name, reading
 from msn_eval.data.index import ContainerIndex, index_containers, make_index
-from msn_eval.errors import DataError, suggest_paths
+from msn_eval.errors import DataError, format_count, suggest_paths
 from msn_eval.files.regular import read_regular_file
 
 _log = logging.getLogger(__name__)
@@ -56,7 +56,8 @@ def list_class_folders(root: Path, *, cache_dir: Path | None) -> Listing:
     indexes = index_containers(classes, _scan_class, root=root, kind="class folders", cache_dir=cache_dir)
     nested = sum("/" in name for index in indexes if index.has_folders for name in index.names)
     if nested:
-        _log.info("%s: %d images are in folders below the folder of their class", root, nested)
+        images = format_count(nested, "image")
+        _log.info("%s: %s in folders below the folder of their class", root, images)
     return Listing(
         files={path.name: index.names for path, index in zip(classes, indexes, strict=True)},
         source=FolderSource(root),

@@ -21,7 +21,7 @@ from PIL import Image
 from msn_eval.data.dataset import DatasetListing, Listing, LoadOptions
 from msn_eval.data.hf_splits import HubName, load_splits, parse_name
 from msn_eval.data.images import Stamp, decode_image, file_stamp, name_in_class
-from msn_eval.errors import DataError
+from msn_eval.errors import DataError, format_count
 from msn_eval.files.hf_hub import first_line
 from msn_eval.files.regular import read_regular_file
 
@@ -165,7 +165,8 @@ def _read_rows(
         root=arrow_files[0],
         state=(int.from_bytes(digest[:6], "big"), max(max(stamp[1:3]) for _, stamp in stamps)),
     )
-    _log.info("%s: %s rows, images in column %r, classes in column %r", where, f"{len(paths):,}", image, label)
+    rows = format_count(len(paths), "row")
+    _log.info("%s: %s, images in column %r, classes in column %r", where, rows, image, label)
     # In an archive, the path of an image is a/b.jpg::c.zip.
     cells = zip(((path or "").partition("::")[0] for path in paths), indices, strict=True)
     files = [name_in_class(path, classes[index]) for path, index in cells]
@@ -208,7 +209,8 @@ def _index_labels(where: str, feature: object, stored: Sequence[object]) -> tupl
         rows = [row for row, value in enumerate(stored) if value in bad]
         labels = f"labels {', '.join(map(str, bad)):.60}; first row {rows[0]}"
         hint = "Test splits are often published without labels: use a data set with labelled validation images."
-        raise DataError(f"{len(rows):,} of {len(stored):,} rows have no class ({labels})", where=where, hint=hint)
+        what = f"no class for {len(rows):,} of {format_count(len(stored), 'row')} ({labels})"
+        raise DataError(what, where=where, hint=hint)
     return [known[value] for value in index], [index[value] for value in stored]
 
 

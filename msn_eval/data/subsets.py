@@ -11,7 +11,7 @@ from pathlib import Path
 from msn_eval.data.dataset import class_map_sha256
 from msn_eval.data.imagenet_subsets import read_publication, read_published_list
 from msn_eval.data.images import ImageSet, reading
-from msn_eval.errors import DataError, NumericalError, UsageError, did_you_mean
+from msn_eval.errors import DataError, NumericalError, UsageError, did_you_mean, format_count
 from msn_eval.files.regular import MOST_TEXT_BYTES, read_regular_file
 
 LOW_SHOT = ("1img", "2imgs", "5imgs", "1pct")
@@ -138,7 +138,7 @@ def draw_subset(name: str, draw: int, train: ImageSet) -> Subset:
         count = count_images(name, len(ids))
         if ids and len(ids) < count:
             raise DataError(
-                f"class {class_name!r} has {len(ids)} training image{'s' if len(ids) > 1 else ''}, {name} needs {count}",
+                f"class {class_name!r} has {format_count(len(ids), 'training image')}, {name} needs {count}",
                 hint="Add images to the class, or choose a smaller subset.",
             )
         chosen += sort_by_draw(ids, draw)[:count]
@@ -233,7 +233,7 @@ def read_list(path: Path, train: ImageSet) -> Subset:
     empty = [name for label, name in enumerate(train.classes) if not counts[label]]
     if empty:
         raise NumericalError(
-            f"{len(empty)} of {len(train.classes)} classes have no image in this list ({', '.join(empty[:_SHOWN])}); "
+            f"no image of {len(empty)} of {len(train.classes)} classes in this list ({', '.join(empty[:_SHOWN])}); "
             "their validation images could never be classified correctly",
             where=str(path),
             hint="Add images of these classes to the list, or evaluate on a data set without them.",
@@ -261,7 +261,7 @@ def _match_lines(text: str, path: Path, train: ImageSet) -> tuple[str, ...]:
         shown = "\n".join(f"  {fault}" for fault in faults[:_SHOWN])
         more = f"\n  and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
         raise DataError(
-            f"{len(faults)} lines of the list do not fit the training images:\n{shown}{more}",
+            f"{format_count(len(faults), 'line does', 'lines do')} not fit the training images:\n{shown}{more}",
             where=str(path),
             hint="Complete the data set, or use the list that belongs to it.",
         )

@@ -8,7 +8,7 @@ from msn_eval.data import read_split
 from msn_eval.data.folder import holds_class_folders
 from msn_eval.data.images import ImageSet
 from msn_eval.data.subsets import sort_by_draw
-from msn_eval.errors import DataError
+from msn_eval.errors import DataError, format_count
 
 DEFAULT_SHARE = Fraction(1, 5)
 _DRAW = 1
@@ -41,7 +41,7 @@ def draw_val(images: ImageSet, *, share: Fraction = DEFAULT_SHARE, per_class: in
         count = per_class if per_class is not None else math.ceil(len(ids) * share)
         if count >= len(ids):
             raise DataError(
-                f"class {name!r} has {len(ids)} image{'s' if len(ids) > 1 else ''}: {count} for val would leave none for train",
+                f"class {name!r} has {format_count(len(ids), 'image')}: {count} for val would leave none for train",
                 hint="Add images to the class, remove it, or draw fewer for val.",
             )
         val.update(sort_by_draw(ids, _DRAW)[:count])

@@ -12,7 +12,7 @@ from msn_eval.data.hashing import content_sha256
 from msn_eval.data.image_info import ImageInfo, Progress, inspect_images
 from msn_eval.data.imagenet_subsets import read_publication
 from msn_eval.data.images import ImageSet, reading
-from msn_eval.errors import DataError
+from msn_eval.errors import DataError, format_count
 from msn_eval.files.regular import MOST_TEXT_BYTES, read_regular_file
 
 Hashes = Mapping[str, str]  # SHA-256 by `split/CLASS/FILE`
@@ -120,7 +120,8 @@ def _list_warnings(data: DataSet, splits: Mapping[str, SplitCheck]) -> Iterator[
     if class_map_sha256(data.classes) == publication.class_map_sha256:
         for split, expected in (("train", _IMAGENET_TRAIN_IMAGES), ("val", publication.val_images)):
             if splits[split].images != expected:
-                yield f"these are ImageNet's classes, but {split} has {splits[split].images:,} images instead of {expected:,}"
+                images = format_count(splits[split].images, "image")
+                yield f"these are ImageNet's classes, but {split} has {images} instead of {expected:,}"
     for split, check in splits.items():
         for group in check.look_alikes:
             yield f"{split}: {join_look_alikes(group)} differ only by case or Unicode normalisation"

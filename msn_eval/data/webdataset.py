@@ -12,7 +12,7 @@ from msn_eval.data.folder import check_is_folder, folder_name
 from msn_eval.data.images import is_image_name, name_in_class, reading
 from msn_eval.data.index import ContainerIndex, index_containers, make_index
 from msn_eval.data.tar import TarMember, list_members, open_archives, read_members
-from msn_eval.errors import DataError
+from msn_eval.errors import DataError, format_count
 from msn_eval.files.regular import MOST_TEXT_BYTES, read_regular_file
 
 _log = logging.getLogger(__name__)
@@ -37,7 +37,8 @@ def list_webdataset(place: str, options: LoadOptions) -> DatasetListing:
     splits = {split: _list_shards(root, split, classes, options.cache_dir) for split in options.splits}
     empty = sorted(set(classes).difference(*(listing.files for listing in splits.values())), key=os.fsencode)
     if empty:
-        _log.info("%s: %d classes have no image and are left out, %s first", root, len(empty), empty[0])
+        count = format_count(len(empty), "class", "classes")
+        _log.info("%s: %s without an image left out, %s first", root, count, empty[0])
     return DatasetListing(name=folder_name(root), splits=splits)
 
 
@@ -83,8 +84,7 @@ def _find_shards(root: Path, split: str) -> list[Path]:
         if missing:
             shown = ", ".join(map(str, missing[:_SHOWN])) + (", …" if len(missing) > _SHOWN else "")
             raise DataError(
-                f"{len(missing)} of the {split} archives are missing between {shards[0]} and {shards[-1]}: "
-                f"number {shown}",
+                f"missing between {shards[0]} and {shards[-1]}: {format_count(len(missing), 'archive')}, number {shown}",
                 where=str(root),
                 hint="Download what is missing, or rename the archives if all are there.",
             )
@@ -110,7 +110,7 @@ def _scan_shard(path: Path) -> ContainerIndex:
                     shown = ", ".join(member.file for member in matches[:_SHOWN])
                     raise DataError(
                         f"sample {key.removeprefix('/')} has "
-                        + (f"{len(matches)} {what}s: {shown}" if matches else f"no {what}"),
+                        + (f"{format_count(len(matches), what)}: {shown}" if matches else f"no {what}"),
                         where=str(path),
                         hint="A sample is one image and one KEY.cls with the index of its class.",
                     )

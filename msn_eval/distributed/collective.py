@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from msn_eval.distributed.group import Group, all_gather_object
-from msn_eval.errors import DistributedError
+from msn_eval.errors import DistributedError, format_count
 
 _SHOWN_TENSORS = 3
 
@@ -212,7 +212,7 @@ def check_replicas(group: Group, tensors: Mapping[str, Tensor], *, step: int) ->
     ]
     raise DistributedError(
         f"after step {step} the weights of {', '.join(differing)} differ from {'the rest' if has_majority else 'each other'}: "
-        f"{len(names)} tensors, {', '.join(names[:_SHOWN_TENSORS])}",
+        f"{format_count(len(names), 'tensor')}, {', '.join(names[:_SHOWN_TENSORS])}",
         hint="Faulty hardware can cause this: leave out that machine or GPU, and start the same command.",
         kept="The last snapshot is kept; it was written after such a comparison.",
     )

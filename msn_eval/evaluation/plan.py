@@ -23,7 +23,7 @@ from msn_eval.data.imagenet_subsets import read_publication
 from msn_eval.data.images import BadImagesError, ImageSet, make_eval_transform
 from msn_eval.data.loader import PixelList, load_pixels
 from msn_eval.data.subsets import Subset, check_subset_names, make_readable_subsets, make_subsets, merge_subsets
-from msn_eval.errors import DataError, NumericalError, StoreError, UsageError
+from msn_eval.errors import DataError, NumericalError, StoreError, UsageError, format_count
 from msn_eval.evaluation.eval_set import EvalSet, check_different, hash_lines, make_real_set, read_test_sets
 from msn_eval.features.encoder import Precision, choose_device, default_precision, precision_class
 from msn_eval.files.atomic import check_folder_name, prepare_folder
@@ -225,10 +225,11 @@ def _read_data(config: EvaluationConfig, cache_dir: Path | None) -> DataSet:
     data = read_dataset(name, allow_class_mismatch=config.allow_class_mismatch, cache_dir=cache_dir)
     for split, images in (("train", data.train), ("val", data.val)):
         if images.passed_over:
-            _log.info("%s: %d files are not images by their names and are ignored", split, images.passed_over)
+            one, several = "file that is not an image by its name", "files that are not images by their names"
+            _log.info("%s: ignored %s", split, format_count(images.passed_over, one, several))
     if config.classes not in (None, len(data.classes)):
         raise DataError(
-            f"{data.name} has {len(data.classes)} classes, {config.classes} are asked for",
+            f"{data.name} has {format_count(len(data.classes), 'class', 'classes')}, {config.classes} are asked for",
             hint="Give the --data that was meant, or correct `classes` (num_classes in a file of the MSN repository).",
         )
     if len(data.classes) < 2:
@@ -261,8 +262,8 @@ def configure_probes(config: EvaluationConfig, subset: Subset) -> Iterator[tuple
 
 def _list_tasks(plan: Plan) -> Iterator[Task]:
     scored_sets = (plan.validation, *plan.tests)
-    for subset in plan.subsets:
     empty: dict[tuple[str, str], int] = {}
+    for subset in plan.subsets:
         split_sha256 = content_sha256(subset.image_ids, plan.train_hashes)
         labelled = {plan.train_hashes[image_id] for image_id in subset.image_ids}
         overlaps = [scored.count_among(labelled) for scored in scored_sets]
@@ -280,10 +281,10 @@ def _list_tasks(plan: Plan) -> Iterator[Task]:
                     scored=scored,
                     protocol=_make_protocol(plan, subset, probe, params, scored, distribution),
                 )
-
     for (probe_name, subset_name), n_images in empty.items():
         text = "%s measures nothing on %s: every k is above its %d labelled images; give a smaller one, such as --k 1,5"
         _log.warning(text, probe_name, subset_name, n_images)
+
 
 def _make_protocol(
     plan: Plan, subset: Subset, probe: Probe, params: Params, scored: EvalSet, distribution: str | None
@@ -328,22 +329,29 @@ def _warn_of_data(plan: Plan) -> None:
     """Warn of what makes an accuracy too high or too low although nothing fails."""
     for name, skipped in {subset.name: list_skipped(plan.validation, subset) for subset in plan.subsets}.items():
         if skipped:
-            _log.warning("%s: %d unreadable images are skipped: %s", name, len(skipped), ", ".join(skipped[:_SHOWN]))
+            _warn_of_skipped(name, skipped)
     publication = read_publication()
     if plan.classes_sha256 == publication.class_map_sha256 and len(plan.val) != publication.val_images:
         _log.warning("ImageNet has %d validation images, %d are scored here", publication.val_images, len(plan.val))
     labelled = set(plan.train_hashes.values())
-    for what, scored in (("validation images", plan.validation), *((f"images of {t.name}", t) for t in plan.tests)):
+    for scored in (plan.validation, *plan.tests):
         if shared := scored.count_among(labelled):
-            _log.warning("%d %s are also among the labelled training images, byte for byte", shared, what)
+            noun, of = ("validation image", "") if scored is plan.validation else ("image", f" of {scored.name}")
+            images = format_count(shared, f"{noun}{of} is", f"{noun}s{of} are")
+            _log.warning("%s also among the labelled training images, byte for byte", images)
     for test in plan.tests:
         if test.skipped and test.skipped != plan.skipped_val:
-            names = ", ".join(test.skipped[:_SHOWN])
-            _log.warning("%s: %d unreadable images are skipped: %s", test.name, len(test.skipped), names)
+            _warn_of_skipped(test.name, test.skipped)
     unreachable = set(plan.val.labels) - set(plan.train.labels)
     if unreachable:
         lost = sum(label in unreachable for label in plan.val.labels)
-        _log.warning("%d validation images belong to classes without training images and can never be right", lost)
+        images = format_count(lost, "validation image belongs to a class", "validation images belong to classes")
+        _log.warning("%s without training images and can never be right", images)
+
+
+def _warn_of_skipped(name: str, skipped: tuple[str, ...]) -> None:
+    images = format_count(len(skipped), "unreadable image")
+    _log.warning("%s: %s skipped: %s", name, images, ", ".join(skipped[:_SHOWN]))
 
 
 def find_unreadable(images: ImageSet, workers: int | None) -> list[tuple[str, str]]:

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import torch
 
-from msn_eval.errors import ResourceError
+from msn_eval.errors import ResourceError, format_count
 from msn_eval.features.encoder import Encoder
 from msn_eval.process import describe_exhausted_resource
 
@@ -66,8 +66,8 @@ def run_with_oom_backoff(
             )
         size.images = max(1, min(size.images, images) // 2)
         _log.warning(
-            "%s: out of memory on %s; continuing with batches of %d images",
-            encoder.checkpoint.name, encoder.device, size.images,
+            "%s: out of memory on %s; continuing with batches of %s",
+            encoder.checkpoint.name, encoder.device, format_count(size.images, "image"),
         )  # fmt: skip
         if encoder.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -405,8 +405,9 @@ def check_frozen(encoder: Encoder) -> Iterator[None]:
 def _check_evaluation_mode(encoder: Encoder) -> None:
     training = [name or "the network itself" for name, module in encoder.network.named_modules() if module.training]
     if training:
+        are = "is" if len(training) == 1 else "are"
         raise CheckpointError(
-            f"{len(training)} of its modules are in training mode ({', '.join(training[:3])})",
+            f"{len(training)} of its modules {are} in training mode ({', '.join(training[:3])})",
             where=encoder.checkpoint.path,
             hint="Features are extracted in evaluation mode. The forward pass must not call train().",
         )

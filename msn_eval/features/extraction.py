@@ -18,7 +18,7 @@ from msn_eval.data.hashing import hash_images, make_unreadable_error
 from msn_eval.data.images import ImageSet
 from msn_eval.data.loader import PixelList, automatic_workers, load_pixels
 from msn_eval.distributed.group import ALONE, Group, all_gather_object, broadcast_from_rank0, split_across_ranks
-from msn_eval.errors import NumericalError, ResourceError, StoreError, named_as_arguments
+from msn_eval.errors import NumericalError, ResourceError, StoreError, format_count, named_as_arguments
 from msn_eval.features.batch_size import AdaptiveBatchSize, run_with_oom_backoff
 from msn_eval.features.cache import (
     FeatureFolder,
@@ -531,7 +531,7 @@ def _read_missing(
                     now_present[position] = True
         if fresh is None or not all(now_present):
             raise StoreError(
-                f"{now_present.count(False)} of {len(missing)} rows that were just written are missing",
+                f"missing: {now_present.count(False)} of {format_count(len(missing), 'row')} that were just written",
                 where=str(folder.path),
                 hint="On several hosts all ranks must see the same --cache folder. Do not prune it during a run.",
             )
@@ -659,8 +659,8 @@ def check_finite(values: Mapping[str, Tensor], image_ids: Sequence[str], encoder
     for tap, rows in values.items():
         bad = (~rows.isfinite().all(dim=1)).cpu().nonzero().flatten().tolist()
         if bad:
-            names = ", ".join(image_ids[row] for row in bad[:_SHOWN])
+            names, count = ", ".join(image_ids[row] for row in bad[:_SHOWN]), format_count(len(bad), "image")
             raise NumericalError(
-                f"{encoder.checkpoint.name}: features at tap {tap} are not finite for {len(bad)} images, first {names}",
+                f"{encoder.checkpoint.name}: features at tap {tap} are not finite for {count}, first {names}",
                 hint="Retry with --precision fp32." if encoder.precision != "fp32" else "The weights overflow in fp32.",
             )

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from msn_eval.errors import CheckpointError
+from msn_eval.errors import CheckpointError, format_count
 from msn_eval.models.architectures import IMAGE_CHANNELS, check_channels, check_square
 
 _WRAP = "Wrap the network: py:package.module:factory."
@@ -155,7 +155,7 @@ def load_hub(config: Mapping[str, object], tensors: Mapping[str, Tensor]) -> tup
         lines = [f"{name}: missing in the file" for name in sorted(report["missing_keys"])]
         lines += [f"{name}: no place in the model" for name in sorted(report["unexpected_keys"])]
         listed = "".join(f"\n  {line}" for line in lines[:5])
-        what = f"{len(lines)} weights do not fit transformers' {model_class.__name__}{listed}"
+        what = f"{format_count(len(lines), 'weight does', 'weights do')} not fit transformers' {model_class.__name__}{listed}"
         raise CheckpointError(what, hint="The folder mixes two checkpoints, or is incomplete; download it again.")
     network = _find_tower(model, described)
     own = set(map(id, network.parameters()))

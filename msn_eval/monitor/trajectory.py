@@ -16,7 +16,7 @@ from typing import Any
 
 from msn_eval.checkpoints import run_folder
 from msn_eval.checkpoints.run_folder import SnapshotFiles
-from msn_eval.errors import CheckpointError, NumericalError, UsageError
+from msn_eval.errors import CheckpointError, NumericalError, UsageError, format_count
 from msn_eval.evaluation.evaluate import Preparation, evaluate_checkpoint, make_loading, prepare
 from msn_eval.evaluation.plan import Plan
 from msn_eval.features.encoder import precision_class, resolve_tap
@@ -337,11 +337,10 @@ def _describe_problems(
 ) -> Iterator[str]:
     if steps := [f"{line['step'] or 0:,.0f}" for line in lines if is_not_finite(line)]:
         more = ", …" if len(steps) > _MOST_LISTED else ""
-        count = f"{len(steps)} logged step{'' if len(steps) == 1 else 's'} ({', '.join(steps[:_MOST_LISTED])}{more})"
+        count = f"{format_count(len(steps), 'logged step')} ({', '.join(steps[:_MOST_LISTED])}{more})"
         yield f"Loss or gradient was not finite at {count}; such steps do not change the weights."
     if damaged:
         yield f"{run_folder.describe_damage(journal, damaged)}."
     if faults:
         more = "; …" if len(faults) > _MOST_LISTED else ""
-        files = "1 file that" if len(faults) == 1 else f"{len(faults)} files that"
-        yield f"Left out: {files} cannot be read ({'; '.join(faults[:_MOST_LISTED])}{more})."
+        yield f"Left out: {format_count(len(faults), 'file')} that cannot be read ({'; '.join(faults[:_MOST_LISTED])}{more})."

@@ -44,7 +44,7 @@ from msn_eval.config.recipes import Params
 from msn_eval.config.request import EvaluationConfig
 from msn_eval.data.subsets import Subset
 from msn_eval.distributed.group import Group
-from msn_eval.errors import NumericalError
+from msn_eval.errors import NumericalError, format_count
 from msn_eval.features.extraction import Features
 
 TrainsOn = Literal["features", "augmented features", "images"]
@@ -228,19 +228,20 @@ def check_labelled(train: Features) -> None:
     if wrong:
         first = f"{train.image_ids[wrong[0]]} has {int(labels[wrong[0]])}"
         raise NumericalError(
-            f"{len(wrong)} labels are outside of 0 to {train.n_classes - 1}, first {first}",
+            f"{format_count(len(wrong), 'label is', 'labels are')} outside of 0 to {train.n_classes - 1}, first {first}",
             hint="Number the classes from 0.",
         )
     if len(torch.unique(labels)) < 2:
         raise NumericalError(
-            f"the {len(labels)} labelled images are of a single class", hint="Label images of at least two classes."
+            f"the {len(labels)} labelled images are of a single class",
+            hint="Label images of at least two classes.",
         )
     finite = torch.cat([block.isfinite().all(dim=1) for block in torch.split(train.values, _BLOCK_ROWS)])
     bad = (~finite).nonzero().flatten().tolist()
     if bad:
         names = ", ".join(train.image_ids[row] for row in bad[:_SHOWN])
         raise NumericalError(
-            f"features at tap {train.tap} are not finite for {len(bad)} labelled images, first {names}",
+            f"features at tap {train.tap} are not finite for {format_count(len(bad), 'labelled image')}, first {names}",
             hint="Retry with --precision fp32.",
         )
 
@@ -265,7 +266,8 @@ def describe_collapse(values: Tensor) -> str:
     if others == 0 or (n > 1 and 1 - float((total / others).square().sum()) < _COLLAPSED):
         problems.append("collapsed representation: all images have the same features, up to scale and offset")
     if constant:
-        problems.append(f"{constant:,} of {n:,} images have constant features, {zero:,} of them zero")
+        have = "has" if constant == 1 else "have"
+        problems.append(f"{constant:,} of {n:,} images {have} constant features, {zero:,} of them zero")
     return "; ".join(problems)
 
 

@@ -375,7 +375,8 @@ def _report_divergence(taps: Sequence[str], grid: Sequence[Recipe], diverged: Te
     """Warn of the layers that diverged. Raises NumericalError if all did."""
     if diverged.all():
         raise NumericalError(
-            f"linear: all {len(diverged)} layers diverged", hint="Use smaller ones: linear.lr_last, linear.lr_first."
+            "linear: diverged at every learning rate",
+            hint="Use smaller ones: linear.lr_last, linear.lr_first.",
         )
     layers = [(tap, head) for tap in taps for head in grid]
     names = [
@@ -386,7 +387,7 @@ def _report_divergence(taps: Sequence[str], grid: Sequence[Recipe], diverged: Te
     if names:
         shown = ", ".join(names[:_SHOWN])
         _log.warning(
-            "linear: %d of %d layers diverged and are left out: learning rates %s", len(names), len(layers), shown
+            "linear: left out %d of %d layers, which diverged: learning rates %s", len(names), len(layers), shown
         )
 
 

@@ -3,7 +3,7 @@
 import json
 from dataclasses import asdict
 
-from msn_eval.errors import printable
+from msn_eval.errors import format_count, printable
 from msn_eval.reports.text_tables import markdown_row, markdown_text
 from msn_eval.results.comparison import Comparison, Measured, ProtocolComparison
 from msn_eval.results.record import CheckpointInfo, omit_unset
@@ -68,11 +68,11 @@ def _list_changes(protocol: ProtocolComparison) -> list[str]:
     """Return the most changed classes, and the first images lost and gained. JSON has all of them."""
     changed: dict[str, list[str]] = {"classes changed": [], "images lost": [], "images gained": []}
     for change in protocol.classes:
-        numbers = f"{percent(change.first)} -> {percent(change.second)} of {change.images} images"
+        numbers = f"{percent(change.first)} -> {percent(change.second)} of {format_count(change.images, 'image')}"
         changed["classes changed"].append(f"class {change.name}: {numbers}")
     for flip in protocol.flips:
         name = "lost" if flip.second < flip.first else "gained"
-        text = f"{name}: image {flip.image} (right in {flip.first} -> {flip.second} draws)"
+        text = f"{name}: image {flip.image} (right in {flip.first} -> {format_count(flip.second, 'draw')})"
         changed[f"images {name}"].append(text)
     lines = []
     for name, texts in changed.items():
@@ -114,4 +114,4 @@ def interval_text(interval: Interval) -> str:
 
 def counts_text(paired: Paired) -> str:
     """Return how many images were lost and gained."""
-    return f"{paired.lost:,} images lost, {paired.gained:,} gained of {paired.images:,}"
+    return f"{format_count(paired.lost, 'image')} lost, {paired.gained:,} gained of {paired.images:,}"

@@ -5,7 +5,7 @@ import re
 from dataclasses import asdict
 from xml.etree import ElementTree
 
-from msn_eval.errors import printable
+from msn_eval.errors import format_count, printable
 from msn_eval.reports.comparison import checkpoint_text, counts_text, interval_text, p_text, percent, points
 from msn_eval.reports.text_tables import markdown_row, markdown_text
 from msn_eval.results.gate import GateReport, ProtocolVerdict
@@ -116,7 +116,7 @@ def _list_numbers(entry: ProtocolVerdict) -> list[str]:
     change = "a drop" if entry.paired.difference <= 0 else "a gain"
     return [
         f"{before} -> {after}: {difference} points (95 % interval {interval}; {change}: {p_value} after Holm)",
-        f"{counts_text(entry.paired)}, {entry.paired.draws} draw{'s' if entry.paired.draws > 1 else ''}",
+        f"{counts_text(entry.paired)}, {format_count(entry.paired.draws, 'draw')}",
         f"minimal detectable drop: {detectable} points",
     ]
 

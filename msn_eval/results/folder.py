@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from msn_eval.errors import DamagedRecordError, StoreError, UsageError, suggest_paths
+from msn_eval.errors import DamagedRecordError, StoreError, UsageError, format_count, suggest_paths
 from msn_eval.results.reading import describe_reading, list_reading_differences
 from msn_eval.results.record import (
     ID_DIGITS,
@@ -147,7 +147,7 @@ def combine_faults(faults: Sequence[StoreError]) -> StoreError:
     lines = "\n".join(f"{fault.where}: {fault.what}" for fault in faults)
     hints = {fault.hint for fault in faults}
     hint = hints.pop() if len(hints) == 1 else MEASURE_AGAIN
-    return StoreError(f"{len(faults)} records cannot be used\n{lines}", hint=hint)
+    return StoreError(f"{format_count(len(faults), 'record')} cannot be used\n{lines}", hint=hint)
 
 
 def read_results(out: str | Path | Sequence[str | Path]) -> "pd.DataFrame":

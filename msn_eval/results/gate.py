@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 
-from msn_eval.errors import ComparisonError, DamagedRecordError
+from msn_eval.errors import ComparisonError, DamagedRecordError, format_count
 from msn_eval.results import statistics
 from msn_eval.results.baseline import Baseline, BaselineProtocol, check_complete, describe_computation, hash_predictions
 from msn_eval.results.comparison import find_nearest_protocol, list_protocol_differences
@@ -150,7 +150,7 @@ def _check_comparable(entry: BaselineProtocol, predictions: ProtocolPredictions)
     """Raise ComparisonError where results under one protocol are not of the same images and labels."""
     check_complete(predictions.first)
     if len(predictions.image) != entry.images:
-        raise ComparisonError(f"{len(predictions.image):,} test images instead of {entry.images:,}")
+        raise ComparisonError(f"{format_count(len(predictions.image), 'test image')} instead of {entry.images:,}")
     data = predictions.first.data
     if entry.protocol.get("data") != {"sha256": data.sha256, "class_map_sha256": data.class_map_sha256}:
         raise ComparisonError("the record's data set is not that of its protocol")
@@ -237,7 +237,7 @@ def _decide_verdict(
         # Older records did not count it; equal hashes of both splits then imply the same overlap.
         overlap = result.split.overlap
         if overlap is not None and draw.overlap is not None and overlap > draw.overlap:
-            shared = f"{overlap} test images are also among its labelled images"
+            shared = f"{format_count(overlap, 'test image is', 'test images are')} also among its labelled images"
             return "inconclusive", f"draw {draw.draw}: {shared}, {draw.overlap} in the baseline"
     reasons: dict[Verdict, str] = {
         "regression": f"a statistically significant drop, and the 95 % interval reaches {points} or more",

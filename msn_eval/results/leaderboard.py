@@ -10,6 +10,7 @@ from statistics import fmean
 
 import numpy as np
 
+from msn_eval.errors import format_count
 from msn_eval.files.json_records import canonical_json
 from msn_eval.results.data_sets import DataSetAverages, DataSetScores, Network, average_data_sets
 from msn_eval.results.folder import ResultScan
@@ -88,7 +89,7 @@ def make_leaderboard(scan: ResultScan, *, ranked: bool | None = None) -> Leaderb
                     measured.append(_describe_data_set(cells, own_scores, names))
             if measured:
                 averages.append(average_data_sets(title, measured))
-    notice = f"The predictions of {missing} cells are missing; these cells have no rank."
+    notice = f"No rank for {format_count(missing, 'cell')}, whose predictions are missing."
     return Leaderboard(standings=standings, notices=(notice,) if missing else (), averages=tuple(averages))
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from msn_eval.errors import ComparisonError, DamagedRecordError, UsageError, did_you_mean, printable
+from msn_eval.errors import ComparisonError, DamagedRecordError, UsageError, did_you_mean, format_count, printable
 from msn_eval.results.folder import list_results
 from msn_eval.results.record import MEASURE_AGAIN, Predictions, Result, list_metrics_faults, read_predictions
 from msn_eval.results.row_names import add_hash, name_networks
@@ -226,7 +226,7 @@ def _list_value_faults(result: Result, predictions: Predictions) -> Iterator[str
         yield "predictions: an image occurs twice"
     images = len(predictions.label)
     if result.data.val_images != images:
-        yield f"data.val_images: recorded {result.data.val_images:,}, stored predictions of {images:,} images"
+        yield f"data.val_images: recorded {result.data.val_images:,}, stored predictions of {format_count(images, 'image')}"
     yield from list_metrics_faults(result, predictions)
 
 

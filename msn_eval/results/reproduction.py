@@ -8,7 +8,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Literal
 
 from msn_eval.config.recipes import Params
-from msn_eval.errors import UsageError, did_you_mean
+from msn_eval.errors import UsageError, did_you_mean, format_count
 from msn_eval.results.published import read_published
 from msn_eval.results.record import Result
 from msn_eval.results.statistics import draw_spread
@@ -184,7 +184,7 @@ def _judge_setting(reproduction: Reproduction, results: Sequence[Result], draws:
     scores = [100 * result.metrics.top1 for result in results if result.metrics is not None]
     valid = sum(result.status == "ok" for result in results)
     if not valid == len(results) == draws:
-        reason = f"{valid} of {draws} draws have a valid result"
+        reason = f"a valid result for {valid} of {format_count(draws, 'draw')}"
         return Verdict(params=params, measured=None, std=None, draws=len(scores), judgement="no verdict", reason=reason)
     mean, std = statistics.fmean(scores), draw_spread(scores)
     judgement: Judgement = "no verdict"

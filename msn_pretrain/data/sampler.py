@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from msn_eval.errors import UsageError
+from msn_eval.errors import UsageError, format_count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ class Order:
 
     def __post_init__(self) -> None:
         if self.batch_size > self.n_images:
-            what = f"a batch of {self.batch_size} images is impossible with {self.n_images:,} images"
+            what = f"a batch of {self.batch_size} images is impossible with {format_count(self.n_images, 'image')}"
             raise UsageError(what, hint="Set optimization.batch_size to at most the number of images.")
         if self.batch_size % self.world:
             what = f"a global batch of {self.batch_size} cannot be divided by {self.world} ranks"

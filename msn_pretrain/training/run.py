@@ -24,7 +24,7 @@ from msn_eval.data.images import ImageSet
 from msn_eval.distributed.collective import GradientAverager, is_sharded, world_size
 from msn_eval.distributed.group import Group as Group
 from msn_eval.distributed.group import broadcast_from_rank0
-from msn_eval.errors import DistributedError, UsageError
+from msn_eval.errors import DistributedError, UsageError, format_count
 from msn_eval.evaluation.plan import cache_folder
 from msn_eval.files.atomic import prepare_folder, write_atomically
 from msn_eval.version import __version__
@@ -211,7 +211,7 @@ def training_images(recipe: Recipe) -> ImageSet:
     prepare_folder(cache_dir, option="cache")
     images = read_training_images(recipe.data.root, cache_dir=cache_dir)
     if not images.is_labelled:
-        _log.info("%s: %s images without classes", recipe.data.root, f"{len(images):,}")
+        _log.info("%s: %s without classes", recipe.data.root, format_count(len(images), "image"))
         if recipe.watch.probe_every and not recipe.watch.probe_data:
             _log.warning(
                 "the online probe is off: these images have no classes; watch.probe_data=X names a data set for it"
@@ -310,8 +310,8 @@ def resume(learner: Learner, folder: Path | None, ranks: Group) -> Snapshot | No
     learner.restore(snapshot)
     if len(snapshot.rng) != ranks.world and ranks.first:
         _log.warning(
-            "this run had %d ranks and continues with %d: it will not be bit for bit the same run",
-            len(snapshot.rng), ranks.world,
+            "this run had %s and continues with %d: it will not be bit for bit the same run",
+            format_count(len(snapshot.rng), "rank"), ranks.world,
         )  # fmt: skip
     if ranks.rank < len(snapshot.rng):
         snapshots.set_generators(snapshot.rng[ranks.rank], ranks.device)

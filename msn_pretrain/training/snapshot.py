@@ -34,7 +34,7 @@ from msn_eval.checkpoints.run_folder import (
     snapshot_folders,
 )
 from msn_eval.checkpoints.stored import ARCHITECTURE, EPOCH, IMAGE_PIXELS, describe_normalisation
-from msn_eval.errors import CheckpointError, NumericalError, StoreError
+from msn_eval.errors import CheckpointError, NumericalError, StoreError, format_count
 from msn_eval.files.atomic import remove, sync_folder, write_atomically, written_atomically
 from msn_eval.files.json_records import add_seal
 
@@ -204,7 +204,8 @@ def _check_finite(snapshot: Snapshot) -> None:
     tensors = [*_iterate_tensors(snapshot.model, ""), *_iterate_tensors(snapshot.optimizer, "optimizer ")]
     bad = [name for name, tensor in tensors if tensor.is_floating_point() and not tensor.isfinite().all()]
     if bad:
-        what = f"{len(bad)} tensors are not finite after step {snapshot.step} ({', '.join(bad[:_SHOWN])})"
+        tensors_are = format_count(len(bad), "tensor is", "tensors are")
+        what = f"{tensors_are} not finite after step {snapshot.step} ({', '.join(bad[:_SHOWN])})"
         hint = "Train with a smaller learning rate from the last snapshot."
         raise NumericalError(what, hint=hint, kept="No snapshot was written; older ones are unchanged.")
 

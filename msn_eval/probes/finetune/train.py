@@ -19,7 +19,7 @@ from torch import Tensor
 
 from msn_eval.config.recipes import FinetuneRecipe
 from msn_eval.distributed.group import ALONE, Group, all_reduce_tensors, barrier, split_across_ranks
-from msn_eval.errors import NumericalError, ResourceError, StoreError
+from msn_eval.errors import NumericalError, ResourceError, StoreError, format_count
 from msn_eval.features.batch_size import OUT_OF_MEMORY_ERRORS, is_out_of_memory
 from msn_eval.features.encoder import Precision, exact_float32
 from msn_eval.probes.finetune import Finetune
@@ -209,8 +209,9 @@ def _save(training: Training, *, is_last: bool) -> None:
     network = {name: weight.detach().cpu() for name, weight in training.model.trained.items()}
     bad = [name for name, weight in network.items() if not bool(weight.isfinite().all())]
     if bad and is_last:
+        weights = format_count(len(bad), "weight is", "weights are")
         raise NumericalError(
-            f"{len(bad)} weights are not finite after step {training.step} ({', '.join(bad[:_SHOWN])})",
+            f"{weights} not finite after step {training.step} ({', '.join(bad[:_SHOWN])})",
             hint="Use a smaller finetune.learning_rate.",
         )
     if bad or files is None:

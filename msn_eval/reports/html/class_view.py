@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from msn_eval.data.class_names import describe_classes
-from msn_eval.errors import StoreError
+from msn_eval.errors import StoreError, format_count
 from msn_eval.results.predictions import name_classes
 from msn_eval.results.record import Result
 from msn_eval.results.statistics import bin_confidences
@@ -66,7 +66,7 @@ def make_class_views(
             views += [view] if view is not None else []
         except StoreError as error:
             faults.append(f"No accuracy per class of {column.group}, {column.title}: {error}")
-    notice = f"Accuracy per class is not shown for {left_out} protocols, to limit the size of the page."
+    notice = f"Accuracy per class is not shown for {format_count(left_out, 'protocol')}, to limit the size of the page."
     return tuple(views), (*([notice] if left_out else []), *faults)
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
+from msn_eval.errors import format_count
 from msn_eval.reports.html.charts import draw_neighbour_charts, draw_ranks, draw_shot_charts, name_data
 from msn_eval.reports.html.class_view import ClassView, make_class_views
 from msn_eval.reports.html.page import make_printable, render_offline
@@ -67,7 +68,7 @@ def _list_facts(table: Table, measured: Sequence[Column], records: int) -> list[
     checkpoints = sum(not row.source for row in table.rows)
     counts = {"checkpoint": checkpoints, "protocol": len(measured), "record": records}
     classes = " or ".join(f"{count:,}" for count in sorted({column.classes for column in measured}))
-    return [*(f"{count:,} {name}{'' if count == 1 else 's'}" for name, count in counts.items()), f"{classes} classes"]
+    return [*(format_count(count, name) for name, count in counts.items()), f"{classes} classes"]
 
 
 def is_imagenet(result: Result) -> bool:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from msn_eval.errors import format_count
 from msn_eval.features.collapse import LEAST_SPREAD
 from msn_eval.monitor.trajectory import Point, Trajectory
 from msn_eval.reports.html.page import render_offline
@@ -159,7 +160,7 @@ def _make_panels(trajectory: Trajectory) -> list[Panel]:
     def snapshots(name: str) -> Series:
         values = [(point, getattr(features, name)) for point, features in measured]
         return Series(
-            name=f"snapshots, {measured[0][1].images:,} validation images" if measured else "",
+            name=f"snapshots, {format_count(measured[0][1].images, 'validation image')}" if measured else "",
             points=tuple((point.step / unit, value) for point, value in values),
             texts=tuple(f"{_describe_position(point)}: {value or 0:.4g}" for point, value in values),
         )

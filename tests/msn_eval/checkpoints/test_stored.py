@@ -136,7 +136,7 @@ def test_misfit_names_weight_network_and_file(tmp_path: Path, vit_weights: Weigh
     error = misfit(stored(path))
     assert (error.where, error.what) == (
         str(path),
-        "1 of 30 weights do not fit vit_width192_depth2_patch8_32 (network 'teacher' of the file)\n"
+        "1 of 30 weights does not fit vit_width192_depth2_patch8_32 (network 'teacher' of the file)\n"
         "  norm.bias: file (3,), model (192,)",
     )
 
@@ -260,7 +260,7 @@ def test_weight_that_is_not_finite_in_float32_is_refused_and_counted(value: floa
     network = nn.Linear(3, 2)
     before = network.weight.clone()
     weights = {"weight": torch.ones(2, 3), "bias": torch.tensor([1.0, value], dtype=torch.float64)}
-    with pytest.raises(CheckpointError, match=r"1 weights hold NaN or infinite values \(bias: 1 of 2\)"):
+    with pytest.raises(CheckpointError, match=r"1 weight holds NaN or infinite values \(bias: 1 of 2\)"):
         load(network, weights)
     assert torch.equal(network.weight, before)
 

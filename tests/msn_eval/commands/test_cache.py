@@ -174,7 +174,7 @@ def test_hostile_key_is_printed_harmlessly(cache: Path, make_folder: FolderMaker
 def test_undamaged_cache_is_verified(cache: Path, make_folder: FolderMaker, capsys: Capture) -> None:
     folder = make_folder()
     assert run_cache(capsys, "verify", "--cache", cache).splitlines() == [
-        f"{folder.digest[:12]}       1 shards  no damage  vit.pth",
+        f"{folder.digest[:12]}        1 shard  no damage  vit.pth",
         "no damage",
     ]
 
@@ -186,8 +186,9 @@ def test_flipped_bit_is_found_and_moved_away(
     folder = make_folder()
     flip(folder, suffix)
     output = run_cache(capsys, "verify", "--cache", cache, code=22)
-    assert f"{folder.digest[:12]}       1 shards  1 DAMAGED, moved to {folder.path / 'quarantine'}  vit.pth\n" in output
+    assert f"{folder.digest[:12]}        1 shard  1 DAMAGED, moved to {folder.path / 'quarantine'}  vit.pth\n" in output
     assert sorted(path.suffix for path in (folder.path / "quarantine").iterdir()) == [".json", ".safetensors"]
+    assert "\n1 damaged shard; its features are computed again when needed\n" in output
     assert run_cache(capsys, "verify", "--cache", cache).splitlines()[-1] == "no damage"
     assert " 0 rows " in run_cache(capsys, "list", "--cache", cache)
 
@@ -330,7 +331,7 @@ def test_feature_folder_that_is_a_link_is_verified_and_never_pruned(
     before = sorted(elsewhere.iterdir())
     verified = run_cache(capsys, "verify", "--cache", cache)
     output = run_cache(capsys, "prune", "--all", "--cache", cache)
-    assert ("1 shards  no damage" in verified, "KEPT, it is a link to another folder" in output) == (True, True)
+    assert ("1 shard  no damage" in verified, "KEPT, it is a link to another folder" in output) == (True, True)
     assert (sorted(elsewhere.iterdir()), folder.path.is_symlink()) == (before, True)
 
 

@@ -24,7 +24,7 @@ def test_working_machine_has_no_problem(capsys: pytest.CaptureFixture[str]) -> N
     code, lines = examine(capsys, "--data", "digits")
     assert (code, [line for line in lines if line.startswith("PROBLEM")]) == (0, [])
     assert any(line.split()[:2] == ["ok", "cpu"] and "a matrix product is right" in line for line in lines)
-    assert "ok      data                digits: 1000 train, 797 val, 10 classes" in lines
+    assert "ok      data                digits: 1,000 train, 797 val, 10 classes" in lines
 
 
 def test_data_set_of_the_variable_that_is_missing_is_a_problem(

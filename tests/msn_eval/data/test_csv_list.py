@@ -42,6 +42,7 @@ def test_first_split_of_val_counts_and_is_named(tmp_path: Path, others: list[str
     ("row", "message"),
     [
         ("5.jpg,cat", "line 6: 2 fields instead of 3"),
+        ("5.jpg", "line 6: 1 field instead of 3"),
         ("a, b.jpg,cat,train", "line 6: 4 fields instead of 3; a path with a comma needs quotes"),
         ("5.jpg,cat,holdout", "line 6: the split 'holdout' is none of train, val, valid, validation, test"),
         ("5.jpg,,train", "line 6: '' is not the name of a class"),

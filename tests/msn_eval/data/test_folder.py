@@ -163,7 +163,7 @@ def test_images_in_folders_below_a_class_are_mentioned(tmp_path: Path, caplog: p
     root = make_files(tmp_path, both(["a/x.jpg", "a/more/x.jpg", "a/more/y.jpg"]))
     with caplog.at_level("INFO", "msn_eval"):
         read_split(str(root), "val")
-    assert f"{root / 'val'}: 2 images are in folders below the folder of their class" in caplog.messages
+    assert f"{root / 'val'}: 2 images in folders below the folder of their class" in caplog.messages
 
 
 @pytest.mark.parametrize("target", [".", "..", "../more"])

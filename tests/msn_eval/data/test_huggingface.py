@@ -282,14 +282,14 @@ def test_rows_without_a_class_are_counted(tmp_path: Path, bad: object, kind: str
     rows = [row(1, 0, "a.png"), row(2, bad, "b.png"), row(3, bad, "c.png")]
     kinds = kinds_of(image=datasets.Image(), label=datasets.Value(kind)) if kind else None
     text = refused(write(tmp_path / "d", kinds, train=pair(), test=rows))
-    assert f"split test: 2 of 3 rows have no class (labels {bad}; first row 1)" in text
+    assert f"split test: no class for 2 of 3 rows (labels {bad}; first row 1)" in text
 
 
 def test_label_beyond_the_class_names_is_refused(tmp_path: Path) -> None:
     plain = table([row(1, 2, "a.png")], kinds_of(image=datasets.Image(), label=datasets.Value("int64")))
     named = datasets.Dataset(plain.data, info=datasets.DatasetInfo(features=features()))
     datasets.DatasetDict({"train": named, "validation": named}).save_to_disk(tmp_path / "saved")
-    assert "1 of 1 rows have no class (labels 2; first row 0)" in refused(str(tmp_path / "saved"))
+    assert "no class for 1 of 1 row (labels 2; first row 0)" in refused(str(tmp_path / "saved"))
 
 
 # --- class names of each file

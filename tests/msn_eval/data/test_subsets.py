@@ -200,7 +200,7 @@ def test_line_that_names_no_single_image_is_shown_with_its_number(tmp_path: Path
     with pytest.raises(DataError) as caught:
         read_list(path, train)
     assert caught.value.exit_code == 21
-    assert f" do not fit the training images:\n  {fault}\n" in str(caught.value)
+    assert f"1 line does not fit the training images:\n  {fault}\n" in str(caught.value)
     assert caught.value.where == str(path)
 
 
@@ -224,7 +224,7 @@ def test_list_can_name_an_image_whose_name_is_not_utf8(tmp_path: Path) -> None:
 
 
 def test_list_without_a_class_is_a_numerical_error_that_names_it(tmp_path: Path) -> None:
-    with pytest.raises(NumericalError, match=r"1 of 3 classes have no image in this list \(b\)") as caught:
+    with pytest.raises(NumericalError, match=r"no image of 1 of 3 classes in this list \(b\)") as caught:
         read_list(write_list(tmp_path / "mine.txt", ["a/000.jpg", "c/000.jpg"]), numbered(a=1, b=1, c=1))
     assert caught.value.exit_code == 23
 

@@ -67,7 +67,7 @@ def test_known_data_set_of_other_counts_is_warned_of(data_set: DataSetMaker, mon
     result = check_dataset(data_set({"a/1.png": picture(), "a/2.png": picture()}, {"a/9.png": picture()}))
     assert result.warnings == (
         "these are ImageNet's classes, but train has 2 images instead of 1",
-        "these are ImageNet's classes, but val has 1 images instead of 3",
+        "these are ImageNet's classes, but val has 1 image instead of 3",
     )
 
 

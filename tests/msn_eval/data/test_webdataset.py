@@ -112,10 +112,10 @@ def test_split_without_samples_is_refused(write: Write) -> None:
 @pytest.mark.parametrize(
     ("numbers", "missing"),
     [
-        (["000000", "000002"], "1"),
-        (["000003", "000001"], "2"),
-        (["5"], "1, 2, 3, 4"),
-        (["00", "09"], "1, 2, 3, 4, 5, …"),
+        (["000000", "000002"], "1 archive, number 1"),
+        (["000003", "000001"], "1 archive, number 2"),
+        (["5"], "4 archives, number 1, 2, 3, 4"),
+        (["00", "09"], "8 archives, number 1, 2, 3, 4, 5, …"),
     ],
 )
 def test_missing_number_among_archives_is_refused(
@@ -125,7 +125,7 @@ def test_missing_number_among_archives_is_refused(
     (tmp_path / "train-000000.tar").unlink()
     for number in numbers:
         write_tar(tmp_path / f"train-{number}.tar", GOOD)
-    assert re.search(f"of the train archives are missing .*: number {missing}\n", refusal(name))
+    assert re.search(f"missing between train-.*: {missing}\n", refusal(name))
 
 
 @pytest.mark.parametrize("numbers", [("000000", "000001"), ("1", "2"), ("000000-of-000002", "000001-of-000002")])
@@ -191,7 +191,7 @@ def test_classes_without_images_are_left_out_and_logged(write: Write, caplog: py
     with caplog.at_level(logging.INFO, "msn_eval"):
         data = read_dataset(write(classes="ant\nbee\nyak\ncat\n"))
     assert data.classes == ("ant", "bee")
-    assert "2 classes have no image and are left out, cat first" in caplog.text
+    assert "2 classes without an image left out, cat first" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["wds:", "hf:"])

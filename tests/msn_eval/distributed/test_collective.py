@@ -133,7 +133,7 @@ def test_a_rank_that_differs_from_the_others_is_named_on_all(on_ranks: OnRanks) 
 
     host = ALONE.host
     assert [error.splitlines()[0] for error in errors] == [
-        f"31 after step 7 the weights of rank 1 on {host} differ from the rest: 1 tensors, norm"
+        f"31 after step 7 the weights of rank 1 on {host} differ from the rest: 1 tensor, norm"
     ] * 3
 
 

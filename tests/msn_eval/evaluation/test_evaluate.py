@@ -183,7 +183,7 @@ def test_run_without_a_cache_leaves_none(folder: Path, tmp_path: Path) -> None:
 
 def test_temporary_folder_of_ranks_is_removed_even_after_a_fault(folder: Path, tmp_path: Path) -> None:
     first = Group(rank=0, world=2, local_rank=0, host="localhost")
-    with pytest.raises(StoreError, match="rows that were just written are missing"):
+    with pytest.raises(StoreError, match="rows that were just written"):
         list(evaluate_checkpoint(_plan(folder, tmp_path), _NETWORK, group=first))
     assert list(tmp_path.glob(".features*")) == []
 
@@ -451,6 +451,42 @@ def test_subset_with_fewer_images_than_every_k_is_named_once(
     assert [message for message in caplog.messages if "every k" in message] == [
         "knn measures nothing on 1img: every k is above its 4 labelled images; give a smaller one, such as --k 1,5"
     ]
+
+
+@pytest.mark.parametrize(
+    ("count", "warnings"),
+    [
+        (
+            1,
+            [
+                "val: ignored 1 file that is not an image by its name",
+                "full: 1 unreadable image skipped: val/b/0.png",
+                "1 validation image is also among the labelled training images, byte for byte",
+            ],
+        ),
+        (
+            2,
+            [
+                "val: ignored 2 files that are not images by their names",
+                "full: 2 unreadable images skipped: val/b/0.png, val/b/1.png",
+                "2 validation images are also among the labelled training images, byte for byte",
+            ],
+        ),
+    ],
+)
+def test_warnings_agree_with_the_number_of_images(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, count: int, warnings: list[str]
+) -> None:
+    odd = shutil.copytree(folder, tmp_path / "odd")
+    for number in range(count):
+        (odd / "val" / f"{number}.txt").touch()
+        (odd / "val" / "b" / f"{number}.png").write_bytes(b"")
+        shutil.copy(odd / "train" / "a" / f"{number}.png", odd / "val" / "a" / f"copy{number}.png")
+
+    with caplog.at_level(logging.INFO, logger="msn_eval"):
+        _plan(odd, tmp_path / "runs", subset=["full"], on_bad_image="skip")
+
+    assert [message for message in caplog.messages if "the file is empty" not in message] == warnings
 
 
 def test_labelled_images_among_the_validation_images_are_counted_draw_by_draw(folder: Path, tmp_path: Path) -> None:

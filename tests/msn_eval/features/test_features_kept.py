@@ -393,7 +393,7 @@ def test_nan_on_one_rank_is_an_error_on_rank_0(tmp_path: Path, cache: Path, run_
     failing = encoder_of(Reading(not_finite_at=60))
     answers = run_ranks(2, lambda group: kept(images, cache, encoder=failing, group=group).read)
     assert str(answers[0]).startswith(
-        "NumericalError: own: features at tap out are not finite for 1 images, first 0/0060"
+        "NumericalError: own: features at tap out are not finite for 1 image, first 0/0060"
     )
 
 
@@ -406,7 +406,7 @@ def test_rank_takes_complete_batches(tmp_path: Path, cache: Path) -> None:
 
 def test_rows_that_another_rank_did_not_write_are_an_error(tmp_path: Path, cache: Path) -> None:
     first = Group(rank=0, world=2, local_rank=0, host="localhost")
-    with pytest.raises(StoreError, match="24 of 40 rows that were just written are missing"):
+    with pytest.raises(StoreError, match="missing: 24 of 40 rows that were just written"):
         kept(numbers(tmp_path, range(40)), cache, group=first)
 
 

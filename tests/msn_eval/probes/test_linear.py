@@ -171,7 +171,7 @@ def test_layers_that_diverge_are_left_out_with_a_warning(
     chosen = fitted.settings[0].chosen
     assert chosen is not None
     assert (
-        f"{chosen['diverged']} of {6 * len(taps)} layers diverged and are left out: learning rates 0.1 with decay 1000{where}, "
+        f"left out {chosen['diverged']} of {6 * len(taps)} layers, which diverged: learning rates 0.1 with decay 1000{where}, "
         in caplog.text
     )
     (scores,) = fitted.scores(offered[-1].values)
@@ -184,7 +184,10 @@ def test_a_grid_of_which_every_layer_diverges_is_refused() -> None:
     with pytest.raises(NumericalError) as caught:
         _fit(wild, _features())
 
-    assert str(caught.value) == "linear: all 6 layers diverged\nUse smaller ones: linear.lr_last, linear.lr_first."
+    assert (
+        str(caught.value)
+        == "linear: diverged at every learning rate\nUse smaller ones: linear.lr_last, linear.lr_first."
+    )
 
 
 @pytest.mark.parametrize(

@@ -123,6 +123,7 @@ _MALFORMED: dict[str, tuple[Callable[[list[Result], Path], None], str, str]] = {
     "different labelled images": (_edit(split__sha256="e" * 64), "not comparable", "different labelled images"),
     "fewer labelled images": (_edit(split__images=14), "not comparable", "different labelled images"),
     "more overlap": (_edit(split__overlap=3), "inconclusive", "3 test images are also among its labelled images"),
+    "an image of overlap": (_edit(split__overlap=1), "inconclusive", "1 test image is also among its labelled images"),
     "a draw of another number": (_edit(split__draw=4), "not comparable", "draws [2, 3, 4] instead of [1, 2, 3]"),
     "a draw twice": (_edit(split__draw=2), "not comparable", "a draw occurs twice"),
 }

@@ -84,7 +84,7 @@ def test_missing_predictions_are_reported_and_keep_the_recorded_interval(tmp_pat
 
     assert result.metrics is not None
     assert board.standings[get_cell_key(result)] == CellStatistics(interval=result.metrics.top1_ci95)
-    assert board.notices == ("The predictions of 1 cells are missing; these cells have no rank.",)
+    assert board.notices == ("No rank for 1 cell, whose predictions are missing.",)
 
 
 @pytest.mark.parametrize("damage", ["cut", "another's"])

@@ -88,7 +88,7 @@ def test_invalid_draw_leads_to_no_verdict(status: str, measured: Measured) -> No
     (verdict,) = judge(_make_reproduction(), others if status == "missing" else [*invalid, *others], draws=3)
 
     assert (verdict.judgement, verdict.measured) == ("no verdict", None)
-    assert verdict.reason == "2 of 3 draws have a valid result"
+    assert verdict.reason == "a valid result for 2 of 3 draws"
 
 
 def test_numbers_of_the_paper_are_listed() -> None:

@@ -218,7 +218,7 @@ def test_weights_that_the_last_step_made_infinite_are_reported(
 
     monkeypatch.setattr(train_module, "take_step", overflow)
 
-    with pytest.raises(NumericalError, match=r"1 weights are not finite after step 1 \(head\.bias\)"):
+    with pytest.raises(NumericalError, match=r"1 weight is not finite after step 1 \(head\.bias\)"):
         _train(images, recipe=replace(_RECIPE, epochs=1, batch=20, warmup_epochs=0))
 
 
