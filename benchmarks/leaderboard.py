@@ -50,8 +50,12 @@ def draw_label_efficiency(path: Path) -> None:
     matplotlib.use("svg")
     from matplotlib import pyplot as plt
 
-    settings = {"svg.hashsalt": "msn-eval", "font.size": 11, "axes.spines.top": False, "axes.spines.right": False}
-    with style_figures(), plt.rc_context(settings):
+    with (
+        style_figures(),
+        plt.rc_context(
+            {"svg.hashsalt": "msn-eval", "font.size": 11, "axes.spines.top": False, "axes.spines.right": False}
+        ),
+    ):
         figure, panels = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
         for axes, data in zip(panels, _DATA_SETS, strict=True):
             _draw_panel(axes, data)
