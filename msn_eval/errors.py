@@ -19,7 +19,7 @@ import contextlib
 import difflib
 import heapq
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 PREEMPTED, INTERRUPTED = 75, 130  # exit codes after SIGTERM, where the same command continues, and after Ctrl-C
@@ -43,6 +43,12 @@ def printable(text: str) -> str:
 def one_line(text: str) -> str:
     """Return `printable` text with each run of white space as one space, for one line or table cell."""
     return printable(" ".join(text.split()))
+
+
+def list_first(texts: Sequence[str], most: int, separator: str = ", ") -> str:
+    """Return the first `most` texts, and the number of those that are left out, such as `a, b and 2 more`."""
+    more = f"{separator.replace(',', '')}and {len(texts) - most:,} more" if len(texts) > most else ""
+    return separator.join(texts[:most]) + more
 
 
 def format_count(number: int, noun: str, plural: str = "") -> str:

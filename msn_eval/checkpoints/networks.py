@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from msn_eval.errors import CheckpointError, format_count
+from msn_eval.errors import CheckpointError, format_count, list_first
 
 FAMILIES = {
     "embeddings.patch_embeddings.projection.weight": "msn_eval.checkpoints.families:read_huggingface",
@@ -198,12 +198,13 @@ def _are_equal(networks: tuple[StoredNetwork, ...]) -> bool:
 
 
 def _open_choice(what: str, networks: tuple[StoredNetwork, ...], where: str) -> CheckpointError:
-    listed = ""
-    for network in networks[:_MAX_SHOWN]:
-        tensors, values = format_count(len(network.tensors), "tensor"), format_count(network.values, "value")
-        listed += f"\n  {network.key or '(the file itself)'}: {tensors}, {values}"
-    listed += f"\n  and {len(networks) - _MAX_SHOWN:,} more" if len(networks) > _MAX_SHOWN else ""
-    return CheckpointError(f"{what}:{listed}", where=where, hint="Choose one by name: --checkpoint-key NAME.")
+    lines = [
+        f"{network.key or '(the file itself)'}: {format_count(len(network.tensors), 'tensor')}, "
+        f"{format_count(network.values, 'value')}"
+        for network in networks
+    ]
+    listed = list_first(lines, _MAX_SHOWN, "\n  ")
+    return CheckpointError(f"{what}:\n  {listed}", where=where, hint="Choose one by name: --checkpoint-key NAME.")
 
 
 def stated_epoch(content: Mapping[str, object]) -> int | None:

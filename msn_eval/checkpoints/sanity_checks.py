@@ -9,6 +9,7 @@ from torch import Tensor
 
 from msn_eval.checkpoints.families import classifier_classes
 from msn_eval.checkpoints.networks import ChosenNetwork
+from msn_eval.errors import list_first
 
 _CHUNK_VALUES = 1 << 15  # as many as torch computes on one core: on a busy machine two are slower than one
 _MAX_SHOWN = 3
@@ -106,10 +107,10 @@ def find_alarms(choice: ChosenNetwork, infos: Mapping[str, TensorInfo]) -> tuple
         infos: Statistics of the weights that are used, by name.
     """
     alarms = []
-    if not_finite := [name for name, info in infos.items() if info.not_finite]:
-        alarms.append(f"NaN or infinite values in {_list_names(not_finite)}")
-    if zero := [name for name, info in infos.items() if name.endswith("weight") and info.all_equal(0)]:
-        alarms.append(f"nothing but zeros in {_list_names(zero)}")
+    if not_finite := [f"{name:.80}" for name, info in infos.items() if info.not_finite]:
+        alarms.append(f"NaN or infinite values in {list_first(not_finite, _MAX_SHOWN)}")
+    if zero := [f"{name:.80}" for name, info in infos.items() if name.endswith("weight") and info.all_equal(0)]:
+        alarms.append(f"nothing but zeros in {list_first(zero, _MAX_SHOWN)}")
     if _are_norms_untrained(infos):
         alarms.append("every norm has its initial values (scale 1, shift 0): these weights look untrained")
     if choice.passed_over is not None:
@@ -123,16 +124,7 @@ def find_alarms(choice: ChosenNetwork, infos: Mapping[str, TensorInfo]) -> tuple
 
 def _are_norms_untrained(infos: Mapping[str, TensorInfo]) -> bool:
     """Whether all norms, vectors of scales beside equally long vectors of shifts, have their initial values."""
-    norms = [
-        (scale, shift)
-        for name, scale in infos.items()
-        if name.endswith(".weight")
-        and (shift := infos.get(f"{name.removesuffix('weight')}bias")) is not None
-        and shift.values == scale.values
-    ]
+    shifts = {name: infos.get(f"{name.removesuffix('weight')}bias") for name in infos if name.endswith(".weight")}
+    pairs = [(infos[name], shift) for name, shift in shifts.items() if shift is not None]
+    norms = [(scale, shift) for scale, shift in pairs if shift.values == scale.values]
     return bool(norms) and all(scale.all_equal(1) and shift.all_equal(0) for scale, shift in norms)
-
-
-def _list_names(names: list[str]) -> str:
-    more = f" and {len(names) - _MAX_SHOWN} more" if len(names) > _MAX_SHOWN else ""
-    return ", ".join(names[:_MAX_SHOWN]) + more

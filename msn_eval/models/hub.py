@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from msn_eval.errors import CheckpointError, format_count
+from msn_eval.errors import CheckpointError, format_count, list_first
 from msn_eval.models.architectures import IMAGE_CHANNELS, check_channels, check_square
 
 _WRAP = "Wrap the network: py:package.module:factory."
@@ -24,6 +24,7 @@ _FORBIDDEN = ("quantization_config", "backbone", "backbone_config", "use_timm_ba
 _CLASS_TOKEN = re.compile(r"(cls|class)_(token|emb)")
 _POSITIONS = re.compile(r"pos(ition|_emb)")
 _PIXELS = 224
+_MAX_SHOWN = 5
 
 
 class HubNetwork(nn.Module):
@@ -151,11 +152,13 @@ def load_hub(config: Mapping[str, object], tensors: Mapping[str, Tensor]) -> tup
         model, report = model_class.from_pretrained(
             None, config=described, state_dict=dict(tensors), dtype=torch.float32, output_loading_info=True
         )
-    if report["missing_keys"] or report["unexpected_keys"] or report["mismatched_keys"]:
-        lines = [f"{name}: missing in the file" for name in sorted(report["missing_keys"])]
-        lines += [f"{name}: no place in the model" for name in sorted(report["unexpected_keys"])]
-        listed = "".join(f"\n  {line}" for line in lines[:5])
-        what = f"{format_count(len(lines), 'weight does', 'weights do')} not fit transformers' {model_class.__name__}{listed}"
+    lines = [f"{name}: missing in the file" for name in sorted(report["missing_keys"])]
+    lines += [f"{name}: no place in the model" for name in sorted(report["unexpected_keys"])]
+    lines += [f"{name}: of another shape" for name, *_ in sorted(report["mismatched_keys"])]
+    if lines:
+        listed = list_first(lines, _MAX_SHOWN, "\n  ")
+        count = format_count(len(lines), "weight does", "weights do")
+        what = f"{count} not fit transformers' {model_class.__name__}\n  {listed}"
         raise CheckpointError(what, hint="The folder mixes two checkpoints, or is incomplete; download it again.")
     network = _find_tower(model, described)
     own = set(map(id, network.parameters()))

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from msn_eval import errors
-from msn_eval.errors import DataError, MsnEvalError, UsageError, did_you_mean, printable, suggest_paths
+from msn_eval.errors import DataError, MsnEvalError, UsageError, did_you_mean, list_first, printable, suggest_paths
 
 # https://www.unicode.org/Public/UCD/latest/ucd/PropList.txt, Bidi_Control
 DIRECTION_MARKS = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
@@ -44,6 +44,14 @@ def test_text_without_place_and_hint_is_the_cause() -> None:
 def test_error_can_be_pickled() -> None:
     error = pickle.loads(pickle.dumps(DataError("is empty", where="val", hint="Fill it.", kept="All.")))
     assert (type(error), str(error)) == (DataError, "val: is empty\nFill it.\nAll.")
+
+
+@pytest.mark.parametrize(
+    ("most", "separator", "text"),
+    [(4, ", ", "a, b, c"), (3, ", ", "a, b, c"), (2, ", ", "a, b and 1 more"), (1, "\n  ", "a\n  and 2 more")],
+)
+def test_first_texts_are_followed_by_the_number_of_the_others(most: int, separator: str, text: str) -> None:
+    assert list_first(["a", "b", "c"], most, separator) == text
 
 
 def test_text_of_an_error_is_printable() -> None:

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 
 from msn_eval.checkpoints.formats.pickle_allowlist import DTYPES, STORAGE_DTYPES, STUBS, Dropped
-from msn_eval.errors import CheckpointError, printable
+from msn_eval.errors import CheckpointError, list_first, printable
 
 _MAX_OPCODES = 1_000_000  # 3 seconds; a large checkpoint with its optimiser has 100,000
 _MAX_KEY_ITEMS = 16
@@ -87,7 +87,6 @@ _FUNCTIONS: dict[str, tuple[Callable[..., object], tuple[Any, ...]]] = {
     "builtins.complex": (complex, (float, float)),
     "builtins.bytearray": (_encode, ((bytes, str), str)),
 }
-_ALLOWED = STUBS.keys() | STORAGE_DTYPES.keys() | DTYPES.keys() | _FUNCTIONS.keys()
 
 
 def _call(name: str, *arguments: object) -> object:
@@ -95,6 +94,10 @@ def _call(name: str, *arguments: object) -> object:
     if len(arguments) > len(types) or not all(map(isinstance, arguments, types)):
         raise ValueError(f"it calls {name} as no checkpoint does")
     return function(*arguments)
+
+
+_ALLOWED: dict[str, object] = STUBS | DTYPES | {name: partial(_call, name) for name in _FUNCTIONS}
+_ALLOWED |= {name: _Storage(0, dtype) for name, dtype in STORAGE_DTYPES.items()}
 
 
 class _DryRun(pickle._Unpickler):
@@ -109,13 +112,8 @@ class _DryRun(pickle._Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
-        full_name = f"{module}.{name}"
-        self.names[full_name] = None
-        if full_name in STORAGE_DTYPES:
-            return _Storage(0, STORAGE_DTYPES[full_name])
-        if full_name in _FUNCTIONS:
-            return partial(_call, full_name)
-        return DTYPES.get(full_name) or STUBS.get(full_name, Dropped)
+        self.names[f"{module}.{name}"] = None
+        return _ALLOWED.get(f"{module}.{name}", Dropped)
 
     def persistent_load(self, pid: object) -> _Storage:
         match pid:  # files before PyTorch 1.6 have None at the end
@@ -196,8 +194,8 @@ def _foreign_globals(foreign: list[str], dropped: list[str], sha256: str) -> Che
     known = f"\n  left out while loading: {_list_names(dropped)}" if dropped else ""
     hint = (
         "Loading it could run code from the file, so it is refused. Open it where it was made, or in a sandbox without "
-        "network if you do not trust its origin, and save the state dict alone, best as .safetensors."
     )
+    hint += "network if you do not trust its origin, and save the state dict alone, best as .safetensors."
     if all(name.startswith("torch.") and any(kind in name for kind in _NOT_DENSE) for name in foreign):
         hint = "Only dense tensors are read. Where it was made, save `{name: tensor.to_dense()}` as .safetensors."
     what = f"holds more than tensors and plain values:\n  found: {_list_names(foreign)}{known}\n  sha256: {sha256}"
@@ -206,6 +204,5 @@ def _foreign_globals(foreign: list[str], dropped: list[str], sha256: str) -> Che
 
 def _list_names(names: list[str]) -> str:
     """Escape and shorten texts that an attacker may have chosen."""
-    shown = ", ".join(name[:_MAX_TEXT_LENGTH] for name in names[:_MAX_NAMES_SHOWN])
-    more = f" and {len(names) - _MAX_NAMES_SHOWN} more" if len(names) > _MAX_NAMES_SHOWN else ""
-    return printable(shown).replace("\n", "\\n").replace("\t", "\\t") + more
+    shown = list_first([name[:_MAX_TEXT_LENGTH] for name in names], _MAX_NAMES_SHOWN)
+    return printable(shown).replace("\n", "\\n").replace("\t", "\\t")

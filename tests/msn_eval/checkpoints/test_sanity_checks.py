@@ -121,6 +121,12 @@ def test_three_names_are_shown_and_the_rest_counted() -> None:
     assert alarms(weights) == ["NaN or infinite values in x0.weight, x1.weight, x2.weight and 2 more"]
 
 
+def test_names_in_an_alarm_are_shortened_so_that_it_ends_with_its_count() -> None:
+    weights = trained() | {f"{number}{'x' * 3000}.weight": torch.full((2, 2), math.nan) for number in range(5)}
+    (alarm,) = alarms(weights)
+    assert (len(alarm) < 400, alarm[-11:]) == (True, " and 2 more")
+
+
 def test_matrix_of_zeros_alone_is_named() -> None:
     weights = trained() | {"blocks.0.mlp.fc1.weight": torch.zeros(2, 3)}
     assert alarms(weights) == ["nothing but zeros in blocks.0.mlp.fc1.weight"]
