@@ -7,7 +7,6 @@ import sys
 import threading
 from collections.abc import Iterator
 from typing import NoReturn
-from unittest import mock
 
 from msn_eval.errors import CheckpointError
 from msn_eval.process import describe_exhausted_resource
@@ -36,7 +35,8 @@ def guard_own_code(what: str, *, where: str) -> Iterator[None]:
         raise SystemExit(status)
 
     try:
-        with _stdout_to_stderr(), mock.patch.object(os, "_exit", refuse_exit):
+        with _stdout_to_stderr():
+            os._exit = refuse_exit
             yield
     except (KeyboardInterrupt, CheckpointError):
         raise
@@ -49,6 +49,8 @@ def guard_own_code(what: str, *, where: str) -> Iterator[None]:
             raise
         text = f"{what} failed: {type(error).__name__}: {error}"
         raise CheckpointError(text, where=where, hint="Run it by itself to see why.") from error
+    finally:
+        os._exit = leave
 
 
 @contextlib.contextmanager

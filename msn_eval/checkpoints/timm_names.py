@@ -2,11 +2,10 @@
 
 import contextlib
 import io
-import itertools
+import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +14,6 @@ from torch.utils._pytree import tree_leaves
 from msn_eval.checkpoints.networks import StoredNetwork
 from msn_eval.errors import CheckpointError
 from msn_eval.models.architectures import Architecture
-from msn_eval.models.build import outline_network
 
 # What a filter may do to weights: rename, cut, join and reorder them. DINOv2's adds a position to the class token. Others
 # would interpolate positions for another image size.
@@ -42,14 +40,15 @@ class _Traced(Tensor):
         if not _MOVES.fullmatch(func.__name__):
             raise ValueError(f"timm would change weights ({func.__name__}), as for images of another size")
         result = super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
-        sources = frozenset[str]().union(*(leaf.made_of for leaf in _list_traced((args, kwargs))))
-        for leaf in _list_traced(result):
-            leaf.made_of = sources
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, _Traced):
+                leaf.made_of = _list_sources((args, kwargs))
         return result
 
 
-def _list_traced(values: object) -> Iterator[_Traced]:
-    return (leaf for leaf in tree_leaves(values) if isinstance(leaf, _Traced))
+def _list_sources(values: object) -> frozenset[str]:
+    """Return the names of the file's weights that tensors were made of."""
+    return frozenset(name for leaf in tree_leaves(values) for name in getattr(leaf, "made_of", ()))
 
 
 def convert_names(network: StoredNetwork, architecture: Architecture) -> tuple[dict[str, Tensor], tuple[str, ...]]:
@@ -62,12 +61,12 @@ def convert_names(network: StoredNetwork, architecture: Architecture) -> tuple[d
         CheckpointError: The filter would lose weights.
         ValueError: It does not fit the names, or would change weights.
     """
-    outline, convert = _find_filter(architecture)
     traced: dict[str, _Traced] = {}
     for name, tensor in network.tensors.items():
         traced[name] = tensor.as_subclass(_Traced)
         traced[name].made_of = frozenset({name})
     try:
+        outline, convert = _find_filter(architecture)
         with contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
             converted = dict(convert(dict(traced), outline))
     except Exception as error:  # a filter expects the names that it was made for
@@ -76,18 +75,13 @@ def convert_names(network: StoredNetwork, architecture: Architecture) -> tuple[d
     heads = getattr(outline, "pretrained_cfg", {}).get("classifier") or ()
     starts = tuple(f"{head}." for head in ((heads,) if isinstance(heads, str) else heads))
     kept = {name: tensor for name, tensor in converted.items() if not name.startswith(starts)}
-    used, on_head = (
-        frozenset[str]().union(*(getattr(converted[name], "made_of", ()) for name in names))
-        for names in (kept.keys(), converted.keys() - kept.keys())
-    )
-    words = zip(*(name.split(".")[:-1] for name in used), strict=False)
-    home = ".".join(
-        level[0] for level in itertools.takewhile(lambda level: len({*level}) == 1, words)
-    )  # `visual` of CLIP
+    used, used_with_heads = _list_sources(kept), _list_sources(converted)
+    common = os.path.commonprefix([*used])  # noqa: RUF071 - the next line cuts it at a dot
+    home = common.rpartition(".")[0]  # `visual` of CLIP
     left_out = tuple(name for name in network.tensors if name not in used)
     for name in left_out:
         is_beside = bool(home) and not name.startswith(f"{home}.")
-        is_expected = is_beside or name in on_head or _COMPUTED.search(name)
+        is_expected = is_beside or name in used_with_heads or _COMPUTED.search(name)
         if not is_expected and bool((network.tensors[name] != 0).any()):
             hint = "Use the architecture of timm that has it; `msn-eval inspect` lists what the file holds."
             raise CheckpointError(f"timm's {architecture.name} has no place for {name}", hint=hint)
@@ -95,8 +89,20 @@ def convert_names(network: StoredNetwork, architecture: Architecture) -> tuple[d
 
 
 def _find_filter(architecture: Architecture) -> tuple[nn.Module, Callable[..., Mapping[str, Tensor]]]:
-    """Return the network without memory, and the function by which timm reads its published weights."""
-    with mock.patch("timm.models._builder.load_pretrained") as load:
-        outline = outline_network(architecture, pretrained=True)
-    convert = load.call_args.kwargs.get("filter_fn") if load.called else None
-    return outline, convert or (lambda weights, model: weights)
+    """Return the network without memory, and the function by which timm reads its published weights.
+
+    timm keeps that function nowhere: it is an argument of `load_pretrained`, for which another one stands in here.
+    """
+    import timm
+    from timm.models import _builder
+
+    found: list[Callable[..., Mapping[str, Tensor]] | None] = [None]
+    load_pretrained = _builder.load_pretrained
+    _builder.load_pretrained = lambda *_, filter_fn=None, **__: found.append(filter_fn)
+    try:
+        with torch.device("meta"):
+            name, keywords = str(architecture.timm_name), architecture.keywords
+            outline = timm.create_model(name, pretrained=True, num_classes=0, **keywords)
+    finally:
+        _builder.load_pretrained = load_pretrained
+    return outline, found[-1] or (lambda weights, model: weights)

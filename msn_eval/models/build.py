@@ -27,7 +27,6 @@ def build_network(architecture: Architecture, *, seed: int = 0) -> nn.Module:
         CheckpointError: timm does not know the name or does not accept the keywords.
         ResourceError: The memory does not suffice.
     """
-    check_architecture_name(architecture)
     if architecture.keywords and architecture.timm_name is not None:
         _check_memory(architecture)
     with torch.random.fork_rng(devices=[]):
@@ -35,20 +34,15 @@ def build_network(architecture: Architecture, *, seed: int = 0) -> nn.Module:
         return _construct(architecture).eval()
 
 
-def outline_network(architecture: Architecture, *, pretrained: bool = False) -> nn.Module:
+def outline_network(architecture: Architecture) -> nn.Module:
     """Build the network on the meta device: its weights have names and shapes and no values.
-
-    Args:
-        architecture: Of the network.
-        pretrained: Passed on to timm, whose function that reads weights the caller has replaced.
 
     Raises:
         CheckpointError: As `build_network`, and where tables that are not in the file, such as BEiT's offsets between
             patches, would need more memory than in any published network.
     """
-    check_architecture_name(architecture)
     with torch.device("meta"):
-        outline = _construct(architecture, pretrained=pretrained)
+        outline = _construct(architecture)
     table_bytes = sum(table.nbytes for table in outline.buffers())
     if table_bytes > _MAX_TABLE_BYTES:
         what = f"{architecture.name} needs {table_bytes:,} bytes for tables beside its weights"
@@ -65,35 +59,32 @@ def _check_memory(architecture: Architecture) -> None:
         raise ResourceError(what, hint="Use a smaller network, or a machine with more memory.")
 
 
-def _construct(architecture: Architecture, *, pretrained: bool = False) -> nn.Module:
+def _construct(architecture: Architecture) -> nn.Module:
     import timm
     from timm.layers import LayerNorm, SwiGLUPacked
     from timm.models.beit import Beit
     from timm.models.vision_transformer import VisionTransformer
 
-    if architecture.hub is not None:
-        with _limit_parameters():
+    check_architecture_name(architecture)
+    keywords: dict[str, Any] = {**architecture.keywords}
+    with _limit_parameters():
+        if architecture.hub is not None:
             return build_hub(architecture.hub)
-    try:
-        with _limit_parameters():
-            if architecture.timm_name is not None:
-                network: nn.Module = timm.create_model(
-                    architecture.timm_name, pretrained=pretrained, num_classes=0, **architecture.keywords
-                )
-                if isinstance(side := architecture.keywords.get("img_size"), int):
-                    stated = cast(dict[str, Any], network.pretrained_cfg)
-                    network.pretrained_cfg = {**stated, "input_size": (3, side, side)}  # type: ignore[assignment]
-                return network if architecture.stem is None else _replace_stem(network, architecture.stem)
-            # A Transformer that timm may not have an entry for.
-            gated = {"mlp_layer": SwiGLUPacked, "act_layer": nn.SiLU} if architecture.gated else {}
-            keywords: dict[str, Any] = {**architecture.keywords, **gated}
-            transformer = Beit if architecture.kind == "beit" else VisionTransformer
-            norm = partial(LayerNorm, eps=architecture.norm_eps)
-            return cast(nn.Module, transformer(num_classes=0, norm_layer=norm, **keywords))
-    except Exception as error:  # timm does not catch what its keywords cause
-        what = f"timm cannot build {architecture.name!r:.200}: {type(error).__name__}: {str(error)[:200]}"
-        hint = "`msn-eval ls checkpoints` shows how architectures and their keywords are written."
-        raise CheckpointError(what, hint=hint) from error
+        try:
+            if architecture.timm_name is None:  # a Transformer that timm may not have an entry for
+                keywords |= {"mlp_layer": SwiGLUPacked, "act_layer": nn.SiLU} if architecture.gated else {}
+                transformer = Beit if architecture.kind == "beit" else VisionTransformer
+                norm = partial(LayerNorm, eps=architecture.norm_eps)
+                return cast(nn.Module, transformer(num_classes=0, norm_layer=norm, **keywords))
+            network: nn.Module = timm.create_model(architecture.timm_name, num_classes=0, **keywords)
+            if isinstance(side := keywords.get("img_size"), int):
+                stated = cast(dict[str, Any], network.pretrained_cfg)
+                network.pretrained_cfg = {**stated, "input_size": (3, side, side)}  # type: ignore[assignment]
+            return network if architecture.stem is None else _replace_stem(network, architecture.stem)
+        except Exception as error:  # timm does not catch what its keywords cause
+            what = f"timm cannot build {architecture.name!r:.200}: {type(error).__name__}: {str(error)[:200]}"
+            hint = "`msn-eval ls checkpoints` shows how architectures and their keywords are written."
+            raise CheckpointError(what, hint=hint) from error
 
 
 def _replace_stem(network: nn.Module, stem: str) -> nn.Module:
