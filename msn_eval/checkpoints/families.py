@@ -60,11 +60,8 @@ def classifier_classes(network: StoredNetwork) -> int | None:
     on_top = dict(network.tensors)
     if "embeddings.patch_embeddings.projection.weight" in network.tensors:
         on_top |= network.beside
-    for name in ("head", "heads.head", "heads", "fc", "classifier"):
-        matrix = on_top.get(f"{name}.weight")
-        if matrix is not None and matrix.dim() == 2:
-            return matrix.shape[0]
-    return None
+    named = (on_top.get(f"{name}.weight") for name in ("head", "heads.head", "heads", "fc", "classifier"))
+    return next((len(matrix) for matrix in named if matrix is not None and matrix.dim() == 2), None)
 
 
 def _drop(family: str, tensors: _Names, pattern: re.Pattern[str] = _HEADS) -> Backbone:
@@ -75,7 +72,7 @@ def _drop(family: str, tensors: _Names, pattern: re.Pattern[str] = _HEADS) -> Ba
 
 _VIT_DROPPED = re.compile(
     r"(head|head_dist|fc|lm_head|cls_pt_layers|projection_head|prototypes|predictor|projector)\b"
-    r"|mask_token$|masked_embed$|decoder_|queue"
+    r"|mask_token$|masked_embed$|decoder_|queue|.*relative_position_index$"
 )
 # DINOv2 trains its blocks in chunks; the second number is the block.
 _VIT_NAMES = {r"^blocks\.\d+\.(\d+)\.": r"blocks.\1.", r"\.mlp\.w12\.": ".mlp.fc1.", r"\.mlp\.w3\.": ".mlp.fc2."}
@@ -95,22 +92,17 @@ def read_vit(network: StoredNetwork) -> Backbone:
     is_solo_mae = family == "solo-learn" and _has_fixed_positions(network.tensors, column_first=True)
     width = (*network.tensors["patch_embed.proj.weight"].shape, 0)[0]
     kept = _drop(family, network.tensors, _VIT_DROPPED)
-    # Tables of indices are computed, not learned.
-    learned = {name: tensor for name, tensor in kept.weights.items() if not name.endswith("relative_position_index")}
     heads = _IJEPA_HEADS.get(width) if family == "ijepa" else None
     if (is_mocov3 or is_solo_mae) and width <= _MOCOV3_MAX_WIDTH:
         heads = _MOCOV3_HEADS
-    positions = _choose_positions("mocov3" if is_mocov3 else family, network.tensors)
-    family = "mocov3" if is_mocov3 and family == "timm" else family
-    weights = _move_class_position(_rename(learned, _VIT_NAMES))
+    if is_mocov3 and family == "timm":
+        family = "mocov3"
+    positions = family if family in _OWN_POSITIONS else None
+    # A file of DINO's or MSN's backbone alone looks like one of timm's.
+    if family == "timm" and "cls_token" in network.tensors and not any(map(_HEADS.match, network.tensors)):
+        positions = "open"
+    weights = _move_class_position(_rename(kept.weights, _VIT_NAMES))
     return replace(kept, format=family, positions=positions, weights=weights, heads=heads)
-
-
-def _choose_positions(family: str, tensors: _Names) -> str | None:
-    """Return whose interpolation of positions applies. A file of DINO's or MSN's backbone alone looks like one of timm's."""
-    if family == "timm":
-        return None if any(_HEADS.match(name) for name in tensors) or "cls_token" not in tensors else "open"
-    return family if family in _OWN_POSITIONS else None
 
 
 def _has_fixed_positions(tensors: _Names, *, column_first: bool = False) -> bool:
@@ -124,17 +116,15 @@ def _has_fixed_positions(tensors: _Names, *, column_first: bool = False) -> bool
         return False
     copies, tokens, width = positions.shape
     grid = math.isqrt(max(0, tokens - 1))
-    if copies != 1 or not 4 <= grid * grid == tokens - 1 <= _MOCOV3_MAX_PATCHES:
+    is_square = copies == 1 and 4 <= grid * grid == tokens - 1 <= _MOCOV3_MAX_PATCHES
+    if not is_square or width % 4 or not 0 < width <= _MOCOV3_MAX_WIDTH:
         return False
-    if width % 4 or not 0 < width <= _MOCOV3_MAX_WIDTH:
-        return False
-    stored = positions[0].double()
-    frequencies = 10_000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
-    angles = torch.arange(grid, dtype=torch.float64)[:, None] * frequencies
-    first, second = angles.repeat_interleave(grid, dim=0), angles.repeat(grid, 1)
+    from timm.layers import build_sincos2d_pos_embed
+
+    fixed = build_sincos2d_pos_embed([grid, grid], width, interleave_sin_cos=True)
     if column_first:
-        first, second = second, first
-    fixed = torch.cat([first.sin(), first.cos(), second.sin(), second.cos()], dim=1)
+        fixed = fixed.roll(width // 2, dims=1)
+    stored = positions[0].double()
     return not stored[0].any() and bool((stored[1:] - fixed).abs().max() < 1e-2)  # bfloat16 keeps two digits
 
 
@@ -182,19 +172,18 @@ def _rename(tensors: _Names, rules: Mapping[str, str]) -> dict[str, Tensor]:
 def _move_class_position(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Add the class token's position to it. DINOv2's registers come after the class token and have no position; in timm
     no prefix token of such a network has one."""
-    if "register_tokens" not in weights or "pos_embed" not in weights:
+    names = ("register_tokens", "cls_token", "pos_embed")
+    if not weights.keys() >= {*names}:
         return weights
-    token, positions = weights.get("cls_token"), weights["pos_embed"]
-    if token is None or positions.dim() != 3 or token.shape != positions[:, :1].shape:
+    registers, token, positions = (weights[name] for name in names)
+    if positions.dim() != 3 or token.shape != positions[:, :1].shape:
         return weights  # which then fit no network
     if not (token.is_floating_point() and positions.is_floating_point()):
         return weights
-    token, positions = (
-        part.float() if part.dtype.itemsize == 1 else part for part in (token, positions)
-    )  # no float8 sums
+    # torch has no sums of float8.
+    token, positions = (part.float() if part.dtype.itemsize == 1 else part for part in (token, positions))
     others = {name: tensor for name, tensor in weights.items() if name != "register_tokens"}
-    moved = {"cls_token": token + positions[:, :1], "pos_embed": positions[:, 1:]}
-    return others | moved | {"reg_token": weights["register_tokens"]}
+    return others | {"cls_token": token + positions[:, :1], "pos_embed": positions[:, 1:], "reg_token": registers}
 
 
 _RESNET_DROPPED = re.compile(r"(fc|head|classifier|projection_head|prototypes|projector|predictor|queue|queue_ptr)\b")
