@@ -5,13 +5,13 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 from torch import Tensor
 
 from msn_eval.checkpoints.checkpoint import weights_sha256
 from msn_eval.checkpoints.formats.safetensors import DTYPES, save_tensors
-from msn_eval.checkpoints.hf_export import PlainNetwork, build_folder_content, read_heads_and_epsilon, write_folder
+from msn_eval.checkpoints.hf_export import build_folder_content, read_heads_and_epsilon, write_folder
 from msn_eval.checkpoints.normalisation import ASSUMED, Normalisation, Triple, set_by_hand
 from msn_eval.checkpoints.stored import (
     ARCHITECTURE,
@@ -70,58 +70,44 @@ def convert_checkpoint(
     if not os.path.isdir(out.parent):  # noqa: PTH112 - Path.is_dir raises on names too long for the disk
         raise UsageError("No such folder", where=str(out.parent), hint="Create it first.")
     contents = read_contents(source)
-    own = contents.config.architecture if contents.config is not None else None
-    if arch is None and own is not None and own.hub is not None:
+    if arch is None and (hub := contents.config.hub) is not None:
         hint = "Copy the folder; its save_pretrained writes other formats."
-        raise CheckpointError(f"transformers alone runs {own.name}, from its folder", where=contents.where, hint=hint)
-    if to == "safetensors":
-        return _convert_tensors(contents, out, arch, key, mean, std)
-    stored = choose_stored(contents, arch=arch, key=key)
-    check_stored(stored)
-    normalisation = set_by_hand(stored.normalisation, mean, std)
-    if normalisation.is_assumed:
-        _log.warning("%s: mean and std are %s; --mean and --std set others", contents.where, normalisation.source)
-    written: list[StoredCheckpoint] = []
-
-    def check(temporary: Path) -> None:
-        with name_place(str(out)):  # not the temporary file
-            written.append(_read_back(temporary, stored, key=None))
-
-    if to == "timm":
-        _check_readable_without_name(stored)
-        _write(out, stored.backbone.weights, _state_facts(stored, normalisation), check)
-    else:
-        _write_folder(out, stored, normalisation, check)
-    return written[0].architecture.name, written[0].contents
-
-
-def _convert_tensors(
-    contents: Contents, out: Path, arch: str | None, key: str | None, mean: Triple | None, std: Triple | None
-) -> tuple[str, Contents]:
-    """Write all tensors of a file. Where a network of it can be evaluated, the written file gives the same one."""
-    tensors = _collect_tensors(contents)
+        raise CheckpointError(f"transformers alone runs {hub.name}, from its folder", where=contents.where, hint=hint)
+    is_whole = to == "safetensors"
+    tensors = _collect_tensors(contents) if is_whole else {}
     stored: StoredCheckpoint | None = None
     try:
         stored = choose_stored(contents, arch=arch, key=key)
         check_stored(stored)
     except CheckpointError:
-        if arch is not None or key is not None:
+        if not is_whole or arch is not None or key is not None:
             raise
         stored = None  # several networks, or one that needs --arch before as after
-    written: list[Contents] = []
+    own = contents.normalisation if stored is None else stored.normalisation
+    normalisation = set_by_hand(own or ASSUMED, mean, std)
+    if normalisation.is_assumed and not is_whole:
+        _log.warning("%s: mean and std are %s; --mean and --std set others", contents.where, normalisation.source)
+    written: list[tuple[str, Contents]] = []
 
     def check(temporary: Path) -> None:
         with name_place(str(out)):  # not the temporary file
-            written.append(read_contents(temporary))
-            _check_equal(dict(_flatten(written[0].content)), tensors)
-            if stored is not None:
-                _read_back(temporary, stored, key=key)
+            read = read_contents(temporary)
+            if is_whole:
+                _check_equal(dict(_flatten(read.content)), tensors)
+            name = "" if stored is None else _check_same(read, stored, key if is_whole else None)
+            written.append(("" if is_whole else name, read))
 
-    own = (contents.normalisation or ASSUMED) if stored is None else stored.normalisation
-    normalisation = set_by_hand(own, mean, std)
+    if to == "hf":
+        _write_folder(out, cast(StoredCheckpoint, stored), normalisation, check)
+        return written[0]
+    if stored is not None and not is_whole:
+        _check_readable_without_name(stored)
+        tensors = {**stored.backbone.weights}
     facts = describe_normalisation(normalisation) if stored is None else _state_facts(stored, normalisation)
-    _write(out, tensors, facts, check)
-    return "", written[0]
+    with written_atomically(out, f"{sum(tensor.nbytes for tensor in tensors.values()):,} bytes") as temporary:
+        save_tensors(temporary, tensors, facts)
+        check(temporary)
+    return written[0]
 
 
 def _state_facts(stored: StoredCheckpoint, normalisation: Normalisation) -> dict[str, str]:
@@ -136,15 +122,15 @@ def _state_facts(stored: StoredCheckpoint, normalisation: Normalisation) -> dict
     return {name: text for name, text in facts.items() if text is not None} | describe_normalisation(normalisation)
 
 
-def _read_back(temporary: Path, stored: StoredCheckpoint, *, key: str | None) -> StoredCheckpoint:
-    """Read what was written as an evaluation does. Raises CheckpointError unless it is the same network."""
-    written = choose_stored(read_contents(temporary), key=key)
+def _check_same(contents: Contents, stored: StoredCheckpoint, key: str | None) -> str:
+    """Return the architecture that an evaluation reads from what was written. Raises CheckpointError for another network."""
+    written = choose_stored(contents, key=key)
     check_stored(written)
     _check_equal(written.backbone.weights, stored.backbone.weights)
     if _describe_network(written) != _describe_network(stored):
         what = f"It reads back as {written.architecture.name}, not as {stored.architecture.name}"
         raise CheckpointError(what, hint="Use --to hf, whose config.json states what no weight shows.")
-    return written
+    return written.architecture.name
 
 
 def _describe_network(stored: StoredCheckpoint) -> tuple[object, ...]:
@@ -182,13 +168,6 @@ def _flatten(content: Mapping[str, object], prefix: str = "") -> Iterator[tuple[
             yield from _flatten(value, f"{prefix}{name}.")
 
 
-def _write(out: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, str], check: Callable[[Path], None]) -> None:
-    """Write a file, which gets its name once `check` has read it."""
-    with written_atomically(out, f"{sum(tensor.nbytes for tensor in tensors.values()):,} bytes") as temporary:
-        save_tensors(temporary, tensors, facts)
-        check(temporary)
-
-
 def _check_equal(written: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
     """Raise CheckpointError unless tensors were read back bit by bit as they were to be written."""
     if weights_sha256(written) != weights_sha256(tensors):
@@ -204,26 +183,16 @@ def _check_readable_without_name(stored: StoredCheckpoint) -> None:
         return  # it needs --arch, before as after
     own, assumed = (read_heads_and_epsilon(outline_network(one)) for one in (stored.architecture, guessed))
     if own not in (None, assumed):
-        what = (
-            f"{stored.architecture.name} has other heads or another epsilon than readers would assume ({guessed.name})"
-        )
+        what = f"{stored.architecture.name} has other heads or another epsilon "
+        what += f"than readers would assume ({guessed.name})"
         raise CheckpointError(what, where=stored.contents.where, hint="Use --to hf, whose config.json states them.")
 
 
 def _write_folder(
     out: Path, stored: StoredCheckpoint, normalisation: Normalisation, check: Callable[[Path], None]
 ) -> None:
-    for name, tensor in stored.backbone.weights.items():
-        if tensor.is_floating_point() and tensor.dtype.itemsize == 1:
-            what = f"{name} is {str(tensor.dtype).removeprefix('torch.')}, with which transformers does not compute"
-            raise CheckpointError(what, where=stored.contents.where, hint="Use --to timm or --to safetensors.")
-    network = PlainNetwork(
-        outline=outline_network(stored.architecture),
-        weights=stored.backbone.weights,
-        mean=normalisation.mean,
-        std=normalisation.std,
-        name=stored.architecture.name,
-        where=stored.contents.where,
-    )
-    content = build_folder_content(network)
+    outline, name = outline_network(stored.architecture), stored.architecture.name
+    mean, std = normalisation.mean, normalisation.std
+    with name_place(stored.contents.where):
+        content = build_folder_content(outline, stored.backbone.weights, name=name, mean=mean, std=std)
     write_folder(out, replace(content, metadata={POSITIONS: stored.positions or _TIMM}), check)

@@ -12,9 +12,9 @@ from torch import Tensor
 from msn_eval.checkpoints.hf_folder import CONFIG, read_hub_config, read_image_processor
 from msn_eval.checkpoints.normalisation import (
     Normalisation,
+    read_normalisation,
     read_processor_normalisation,
     read_processor_pixels,
-    read_timm_normalisation,
 )
 from msn_eval.errors import CheckpointError, name_place
 from msn_eval.models.architectures import (
@@ -49,6 +49,7 @@ class HubConfig:
     """A folder's own description of its network; None for what it does not state."""
 
     architecture: Architecture | None = None  # timm's, where the folder was written by timm
+    hub: Architecture | None = None  # of a network that transformers runs
     heads: int | None = None
     norm_eps: float | None = None  # epsilon of the layer norms
     normalisation: Normalisation | None = None
@@ -73,7 +74,7 @@ def read_config_beside(folder: Path) -> HubConfig:
     path, processor = read_image_processor(folder)
     if model_type not in _NORM_EPS:
         return HubConfig(
-            architecture=name_hub_architecture(config),
+            hub=name_hub_architecture(config),
             normalisation=read_processor_normalisation(path, processor, model_type=model_type, has_defaults=True),
             model_type=model_type,
             pixels=read_processor_pixels(processor, model_type),
@@ -129,5 +130,8 @@ def _read_timm_config(config: Mapping[str, object], where: str) -> HubConfig:
     with name_place(where):
         for keyword, value in given.items():
             check_keyword(keyword, value)
-    architecture = replace(name_architecture(name), keywords=given)
-    return HubConfig(architecture=architecture, normalisation=read_timm_normalisation(Path(where), stated))
+    is_stated = stated.get("mean") is not None or stated.get("std") is not None
+    return HubConfig(
+        architecture=replace(name_architecture(name), keywords=given),
+        normalisation=read_normalisation(stated, where=where, source=CONFIG) if is_stated else None,
+    )

@@ -44,25 +44,6 @@ _MODELS = {"vit_msn": "ViTMSN", "ijepa": "IJepa", "dinov2": "Dinov2", "dinov2_wi
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlainNetwork:
-    """The backbone of a Vision Transformer to export."""
-
-    outline: nn.Module  # the network, with or without values: its blocks, heads and sizes
-    weights: Mapping[str, Tensor]  # by timm's names
-    mean: Sequence[float]  # of the normalisation of its images, per channel
-    std: Sequence[float]
-    name: str  # of the architecture, for errors
-    where: str
-
-    @property
-    def gated(self) -> bool:
-        """Whether its MLPs are gated."""
-        from timm.layers import GluMlp
-
-        return any(isinstance(module, GluMlp) for module in self.outline.modules())
-
-
-@dataclass(frozen=True, kw_only=True)
 class Head:
     """A linear layer on the tap `cls-norm` or `mean`: weight (n_classes, d), bias (n_classes,), and the classes' names."""
 
@@ -93,16 +74,28 @@ def write_folder(out: Path, content: FolderContent, check: Callable[[Path], obje
         check(temporary)
 
 
-def build_folder_content(network: PlainNetwork) -> FolderContent:
-    """Return what transformers reads as the network without a classifier. Raises CheckpointError where it has no such."""
-    outline, weights = network.outline, network.weights
-    if obstacle := _find_obstacle(network):
-        raise _not_exportable(network, obstacle)
+def build_folder_content(
+    outline: nn.Module, weights: Mapping[str, Tensor], *, name: str, mean: Sequence[float], std: Sequence[float]
+) -> FolderContent:
+    """Return what transformers reads as the backbone of a Vision Transformer, without a classifier.
+
+    Args:
+        outline: The network, with or without values: its blocks, heads and sizes.
+        weights: By timm's names.
+        name: Of the architecture, for errors.
+        mean: A value per channel of its images, on the [0, 1] scale.
+        std: The same.
+
+    Raises:
+        CheckpointError: transformers has no such network.
+    """
+    if obstacle := _find_obstacle(outline, weights):
+        raise _not_exportable(name, obstacle, "Use --to timm or --to safetensors.")
     model_type = "dinov2" if "blocks.0.ls1.gamma" in weights else "vit_msn"
     model_type = "dinov2_with_registers" if "reg_token" in weights else model_type
     model_type = model_type if "cls_token" in weights else "ijepa"
     (heads, norm_eps), side = cast(tuple[int, float], read_heads_and_epsilon(outline)), native_pixels(outline)
-    patches, hidden = weights["patch_embed.proj.weight"], weights["blocks.0.mlp.fc2.weight"].shape[1]
+    patches, is_gated = weights["patch_embed.proj.weight"], _is_gated(outline)
     config: dict[str, object] = {
         "architectures": [f"{_MODELS[model_type]}Model"],
         "model_type": model_type,
@@ -120,10 +113,10 @@ def build_folder_content(network: PlainNetwork) -> FolderContent:
         "dtype": str(patches.dtype).removeprefix("torch."),
     }
     if model_type.startswith("dinov2"):
-        ratio = _mlp_ratio(network, patches.shape[0], hidden)
-        config |= {"use_swiglu_ffn": network.gated, "layerscale_value": 1.0, "drop_path_rate": 0.0, "mlp_ratio": ratio}
+        config |= {"use_swiglu_ffn": is_gated, "layerscale_value": 1.0, "drop_path_rate": 0.0}
+        config["mlp_ratio"] = _find_mlp_ratio(weights, is_gated)
     else:
-        config["intermediate_size"] = hidden
+        config["intermediate_size"] = weights["blocks.0.mlp.fc2.weight"].shape[1]
     if "reg_token" in weights:
         config["num_register_tokens"] = weights["reg_token"].shape[1]
     processor = {
@@ -133,10 +126,10 @@ def build_folder_content(network: PlainNetwork) -> FolderContent:
         "resample": 2,  # bilinear
         "crop_size": {"height": side, "width": side},
         "rescale_factor": 1 / 255,
-        "image_mean": list(network.mean),
-        "image_std": list(network.std),
+        "image_mean": list(mean),
+        "image_std": list(std),
     }
-    return FolderContent(config=config, processor=processor, tensors=_rename_tensors(network, model_type))
+    return FolderContent(config=config, processor=processor, tensors=_rename_tensors(weights, model_type, is_gated))
 
 
 def read_heads_and_epsilon(network: nn.Module) -> tuple[int, float] | None:
@@ -150,16 +143,20 @@ def read_heads_and_epsilon(network: nn.Module) -> tuple[int, float] | None:
     return cast(int, block.attn.num_heads), cast(float, block.norm1.eps)  # type: ignore[union-attr]
 
 
-def _not_exportable(network: PlainNetwork, obstacle: str) -> CheckpointError:
-    what = f"{network.name} cannot be written for transformers: {obstacle}"
-    return CheckpointError(what, where=network.where, hint="Use --to timm or --to safetensors.")
+def _not_exportable(name: str, obstacle: str, hint: str) -> CheckpointError:
+    return CheckpointError(f"{name} cannot be written for transformers: {obstacle}", hint=hint)
 
 
-def _find_obstacle(network: PlainNetwork) -> str | None:
+def _is_gated(outline: nn.Module) -> bool:
+    from timm.layers import GluMlp
+
+    return any(isinstance(module, GluMlp) for module in outline.modules())
+
+
+def _find_obstacle(outline: nn.Module, weights: Mapping[str, Tensor]) -> str | None:
     """Return what transformers' Vision Transformers cannot compute of a network, None where they can."""
     from timm.models.vision_transformer import Block, VisionTransformer
 
-    outline, weights = network.outline, network.weights
     if type(outline) is not VisionTransformer:
         return f"it is a {type(outline).__name__}, not a plain Vision Transformer"
     block = cast(nn.Sequential, outline.blocks)[0]
@@ -167,12 +164,14 @@ def _find_obstacle(network: PlainNetwork) -> str | None:
         return f"its blocks are {type(block).__name__}s"
     special = ("reg_token", "blocks.0.ls1.gamma", "cls_token")
     has_registers, is_scaled, has_class_token = (name in weights for name in special)
-    mlp, is_gated = cast(nn.Module, block.mlp), network.gated
+    mlp, is_gated = cast(nn.Module, block.mlp), _is_gated(outline)
     missing = [name for name in ("norm.weight", "pos_embed") if name not in weights]
     unknown = [name for name in weights if not _EXPORTED.fullmatch(name)]
+    narrow = [tensor.dtype for tensor in weights.values() if tensor.is_floating_point() and tensor.dtype.itemsize == 1]
     for applies, obstacle in (
         (type(mlp.act) is not (nn.SiLU if is_gated else nn.GELU), f"its activation is {type(mlp.act).__name__}"),
         (is_gated and not is_scaled, "its MLPs are gated"),
+        (narrow, f"a weight is {str(*narrow[:1]).removeprefix('torch.')}, with which transformers does not compute"),
         (missing, f"it has no {', '.join(missing)}"),
         (unknown, f"it has {', '.join(unknown[:3])}"),
         (has_registers and not is_scaled, "it has registers and no scaled residuals"),
@@ -182,26 +181,29 @@ def _find_obstacle(network: PlainNetwork) -> str | None:
             return obstacle
     stored = weights["pos_embed"].shape[1]
     positions = cast(int, cast(nn.Module, outline.patch_embed).num_patches) + int(has_class_token and not has_registers)
-    return None if stored == positions else f"it has {stored} positions; the patches and a class token have {positions}"
+    if stored != positions:
+        return f"it has {stored} positions; the patches and a class token have {positions}"
+    if not _find_mlp_ratio(weights, is_gated):
+        hidden = weights["blocks.0.mlp.fc2.weight"].shape[1]
+        return f"its gated MLPs are {hidden} wide, which transformers' DINOv2 cannot be"
+    return None
 
 
-def _mlp_ratio(network: PlainNetwork, width: int, hidden: int) -> float:
-    """Return DINOv2's `mlp_ratio` for MLPs that are `hidden` wide."""
+def _find_mlp_ratio(weights: Mapping[str, Tensor], is_gated: bool) -> float:
+    """Return DINOv2's `mlp_ratio`, 0 where none gives gated MLPs of their width."""
+    width, hidden = weights["blocks.0.mlp.fc2.weight"].shape
     ratio = hidden / width
-    if network.gated:
+    if is_gated:
         # transformers uses two thirds of ratio x width, rounded up to a multiple of 8.
         candidates = (4, hidden * 3 / 2 / width)
         ratio = next((value for value in candidates if (int(int(width * value) * 2 / 3) + 7) // 8 * 8 == hidden), 0)
-        if not ratio:
-            raise _not_exportable(network, f"its gated MLPs are {hidden} wide, which transformers' DINOv2 cannot be")
     return int(ratio) if ratio == int(ratio) else ratio
 
 
-def _rename_tensors(network: PlainNetwork, model_type: str) -> dict[str, Tensor]:
+def _rename_tensors(weights: Mapping[str, Tensor], model_type: str, is_gated: bool) -> dict[str, Tensor]:
     """Return the tensors by transformers' names."""
-    weights = network.weights
     is_dinov2 = model_type.startswith("dinov2")
-    names = (_DINOV2_NAMES if is_dinov2 else _MSN_NAMES) | (_GATED_NAMES if network.gated else {})
+    names = (_DINOV2_NAMES if is_dinov2 else _MSN_NAMES) | (_GATED_NAMES if is_gated else {})
     optional = {"cls_token", "reg_token"} - weights.keys()
     renamed = {theirs: weights[own] for own, theirs in _OUTER_NAMES.items() if own not in optional}
     if is_dinov2:
@@ -222,15 +224,13 @@ def _rename_tensors(network: PlainNetwork, model_type: str) -> dict[str, Tensor]
     return renamed
 
 
-def build_classifier_content(network: PlainNetwork, head: Head, *, result_id: str) -> FolderContent:
+def build_classifier_content(backbone: FolderContent, head: Head, *, name: str, result_id: str) -> FolderContent:
     """Return what transformers reads as a network with its head. Raises CheckpointError where its logits would differ."""
-    backbone = build_folder_content(network)
     model_type = str(backbone.config["model_type"])
     model = f"{_MODELS[model_type]}ForImageClassification"
     taps = {"vit_msn": ["cls-norm"], "ijepa": ["mean"]}.get(model_type, ["cls-norm", "mean"])
     if head.tap not in taps:
-        what = f"{network.name} cannot be written for transformers: {model} puts no head on tap {head.tap}"
-        raise CheckpointError(what, where=network.where, hint=f"Fine-tune with --tap {taps[0]}.")
+        raise _not_exportable(name, f"{model} puts no head on tap {head.tap}", f"Fine-tune with --tap {taps[0]}.")
     weight = head.weight
     if len(taps) == 2:  # the classifier reads the CLS token and the mean of the patches, concatenated
         zeros = torch.zeros_like(weight)

@@ -88,17 +88,6 @@ def set_by_hand(own: Normalisation, mean: Triple | None, std: Triple | None) -> 
     )
 
 
-def read_timm_normalisation(path: Path, stated: Mapping[str, object]) -> Normalisation | None:
-    """Return what timm's `pretrained_cfg` in a config.json states, None where it states neither mean nor std.
-
-    Raises:
-        CheckpointError: One of them is missing or impossible.
-    """
-    if stated.get("mean") is None and stated.get("std") is None:
-        return None
-    return read_normalisation(stated, where=str(path), source=path.name)
-
-
 def read_processor_normalisation(
     path: Path, stated: Mapping[str, object], *, model_type: object = None, has_defaults: bool = False
 ) -> Normalisation | None:
@@ -119,39 +108,32 @@ def read_processor_normalisation(
     """
     if not stated:
         return None
-    where = str(path)
-    if has_defaults:
-        processor = _find_processor_class(stated, model_type)
-        names = (*_UNSUPPORTED_KEYS, "do_rescale", "do_normalize")
-        stated = {name: getattr(processor, name) for name in names if getattr(processor, name, None) is not None} | {
-            **stated
-        }
+    where, source, scale = str(path), path.name, 1.0
+    missing = [name for name in ("image_mean", "image_std") if stated.get(name) is None]
+    processor: Any = _find_processor_class(stated, model_type) if has_defaults or missing else None
+    names = (*_UNSUPPORTED_KEYS, "do_rescale", "do_normalize") if has_defaults else ()
+    facts: dict[str, Any] = {name: getattr(processor, name, None) for name in (*names, *missing)}
+    facts |= {name: value for name, value in stated.items() if name not in missing}
     for name in _UNSUPPORTED_KEYS:
-        if stated.get(name):
+        if facts.get(name):
             hint = "Wrap the network with its own preprocessing: py:package.module:factory."
-            raise CheckpointError(f"{name} is {stated[name]!r:.60}, which is not supported", where=where, hint=hint)
-    scale, source = 1.0, path.name
-    if _read_flag(stated, "do_rescale", where):
-        factor = stated.get("rescale_factor")
-        if factor is not None:
-            if type(factor) not in (int, float) or not 0 < cast(float, factor) < math.inf:
-                what = f"rescale_factor is {factor!r:.60}, not a positive number"
-                raise CheckpointError(what, where=where, hint="Correct the file.")
-            scale = _MAX_VALUE * float(cast(float, factor))
-    else:
+            raise CheckpointError(f"{name} is {facts[name]!r:.60}, which is not supported", where=where, hint=hint)
+    factor = facts.get("rescale_factor")
+    if not _read_flag(facts, "do_rescale", where):
         scale = float(_MAX_VALUE)
+    elif factor is not None:
+        if type(factor) not in (int, float) or not 0 < factor < math.inf:
+            what = f"rescale_factor is {factor!r:.60}, not a positive number"
+            raise CheckpointError(what, where=where, hint="Correct the file.")
+        scale = _MAX_VALUE * float(factor)
     mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-    if _read_flag(stated, "do_normalize", where):
-        missing = [name for name in ("image_mean", "image_std") if stated.get(name) is None]
-        if missing:
-            processor = _find_processor_class(stated, model_type)
-            if any(getattr(processor, name, None) is None for name in missing):
-                what = f"states no {' and no '.join(missing)}, and transformers has no defaults for it"
-                hint = "Write them into the file, or install transformers, which may know them: pip install 'msn-eval[hf]'."
-                raise CheckpointError(what, where=where, hint=hint)
-            stated = {**stated, **{name: getattr(processor, name) for name in missing}}
-            source += f" and the defaults of {processor.__name__}"
-        read = read_normalisation(stated, where=where, source=source, prefix="image_")
+    if _read_flag(facts, "do_normalize", where):
+        if any(facts[name] is None for name in missing):
+            what = f"states no {' and no '.join(missing)}, and transformers has no defaults for it"
+            hint = "Write them into the file, or install transformers, which may know them: pip install 'msn-eval[hf]'."
+            raise CheckpointError(what, where=where, hint=hint)
+        source += f" and the defaults of {processor.__name__}" if missing else ""
+        read = read_normalisation(facts, where=where, source=source, prefix="image_")
         mean, std = read.mean, read.std
     if scale != 1:
         source += f", its pixels from 0 to {scale:g}"

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -18,12 +18,12 @@ from msn_eval.checkpoints.families import Backbone, rename_weights
 from msn_eval.checkpoints.formats.read import read_weight_file
 from msn_eval.checkpoints.formats.sharded import check_not_flat, check_not_sharded
 from msn_eval.checkpoints.hf_config import HubConfig, check_sizes, read_config_beside
-from msn_eval.checkpoints.hf_folder import CONFIG, find_weight_files
+from msn_eval.checkpoints.hf_folder import CONFIG, WEIGHT_FILES, find_weight_files
 from msn_eval.checkpoints.networks import ChosenNetwork, StoredNetwork, choose_network, find_networks, stated_epoch
 from msn_eval.checkpoints.normalisation import IMAGENET, Normalisation, choose_normalisation, read_normalisation
 from msn_eval.checkpoints.sanity_checks import TensorInfo, find_alarms
 from msn_eval.checkpoints.timm_names import convert_names
-from msn_eval.errors import CheckpointError, format_count, name_place
+from msn_eval.errors import CheckpointError, format_count, list_first, name_place
 from msn_eval.models.architectures import (
     IMAGE_CHANNELS,
     Architecture,
@@ -44,7 +44,6 @@ _MAX_TENSORS = 20_000  # the published networks have a few hundred
 ARCHITECTURE, EPOCH, IMAGE_PIXELS = "msn_eval.architecture", "epoch", "msn_eval.image_pixels"
 MEAN, STD = "msn_eval.mean", "msn_eval.std"
 POSITIONS = "msn_eval.positions"  # by `convert`: whose interpolation of position embeddings applies
-_HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +59,7 @@ class Contents:
         content: Tensors and plain values by name.
         networks: The networks in it.
         epoch: As stated.
-        config: The config.json that belongs to the weights, None where there is none.
+        config: What the config.json that belongs to the weights states.
         stated_arch: The architecture that a safetensors file states, as `--arch` takes it: no weight's shape shows heads.
         stated_pixels: Side of the images that it states to be trained on; no weight of a convolutional network shows it.
         normalisation: Mean and std that the file or folder states.
@@ -75,7 +74,7 @@ class Contents:
     content: Mapping[str, object]
     networks: tuple[StoredNetwork, ...]
     epoch: int | None
-    config: HubConfig | None
+    config: HubConfig
     stated_arch: str | None = None
     stated_pixels: int | None = None
     normalisation: Normalisation | None = None
@@ -133,7 +132,7 @@ class StoredCheckpoint:
         tag = (self.architecture.timm_name or "").partition(".")[2]
         if contents.stated_positions is not None:
             return contents.stated_positions
-        if contents.config is not None and contents.config.model_type is not None:
+        if contents.config.model_type is not None:
             # DINO is published there as a ViT without classifier and pooler.
             return {"vit_msn": "msn", "vit": "dino" if own == "msn" else None}.get(contents.config.model_type, own)
         if contents.stated_arch is not None:  # by msn_pretrain
@@ -152,8 +151,8 @@ def read_contents(path: Path) -> Contents:
     check_not_sharded(path)
     folder = path if path.is_dir() else path.parent
     files = find_weight_files(folder) if path.is_dir() else (path,)
-    has_config = path.is_dir() or (path.name in _HUB_FILES and os.path.lexists(folder / CONFIG))
-    config = read_config_beside(folder) if has_config else None
+    has_config = path.is_dir() or (path.name in WEIGHT_FILES and os.path.lexists(folder / CONFIG))
+    config = read_config_beside(folder) if has_config else HubConfig()
     weights = [read_weight_file(file) for file in files]
     content: dict[str, object] = {}
     for file, part in zip(files, weights, strict=True):
@@ -176,19 +175,16 @@ def read_contents(path: Path) -> Contents:
         epoch=stated_epoch(stated if EPOCH in stated else content),
         config=config,
         stated_arch=stated.get(ARCHITECTURE),
-        stated_pixels=int(pixels) if re.fullmatch(r"[1-9]\d{0,4}", pixels) else config.pixels if config else None,
-        normalisation=_read_normalisation(stated, str(path)) or (config.normalisation if config else None),
+        stated_pixels=int(pixels) if re.fullmatch(r"[1-9]\d{0,4}", pixels) else config.pixels,
+        normalisation=_read_normalisation(stated, str(path)) or config.normalisation,
         stated_positions=stated.get(POSITIONS),
     )
 
 
 def describe_normalisation(normalisation: Normalisation) -> dict[str, str]:
     """Return what a safetensors file states about its mean and std; nothing where they are a guess."""
-    if normalisation.is_assumed:
-        return {}
-    return {
-        name: ",".join(map(repr, values)) for name, values in ((MEAN, normalisation.mean), (STD, normalisation.std))
-    }
+    stated = {} if normalisation.is_assumed else {MEAN: normalisation.mean, STD: normalisation.std}
+    return {name: ",".join(map(repr, values)) for name, values in stated.items()}
 
 
 def _read_normalisation(stated: Mapping[str, str], where: str) -> Normalisation | None:
@@ -213,35 +209,25 @@ def choose_stored(contents: Contents, *, arch: str | None = None, key: str | Non
     Raises:
         CheckpointError: The network or its architecture stays open.
     """
-    config = contents.config
-    if arch is None and config is not None and config.architecture is not None and config.architecture.hub is not None:
-        return _choose_hub(contents, config.architecture, key)
+    hub = contents.config.hub if arch is None else None
+    if hub is not None:  # transformers gets all weights
+        tensors = {name: value for name, value in contents.content.items() if isinstance(value, Tensor)}
+        contents = replace(contents, networks=(StoredNetwork(key=None, words=(), tensors=tensors),))
     choice = choose_network(contents.networks, key, where=contents.where)
     _check_size(contents, choice.network)
+    common: dict[str, Any] = {"contents": contents, "choice": choice, "is_named": arch is not None}
     with name_place(contents.where):
-        backbone = rename_weights(choice.network)
-        architecture = _find_architecture(contents, backbone, arch)
-        backbone = _convert_names(backbone, choice.network, architecture)
-    return StoredCheckpoint(
-        contents=contents, choice=choice, backbone=backbone, architecture=architecture, is_named=arch is not None
-    )
-
-
-def _choose_hub(contents: Contents, architecture: Architecture, key: str | None) -> StoredCheckpoint:
-    """Let transformers load all weights of a folder, and try its network once: what cannot be evaluated is refused here."""
-    tensors = {name: value for name, value in contents.content.items() if isinstance(value, Tensor)}
-    network = StoredNetwork(key=None, words=(), tensors=tensors)
-    contents = replace(contents, networks=(network,))
-    choice = choose_network(contents.networks, key, where=contents.where)
-    _check_size(contents, network)
-    with name_place(contents.where):
-        outline_network(architecture)  # before memory is taken for what the config claims
-        loaded, dropped = load_hub(cast(Mapping[str, object], architecture.hub), tensors)
-        backbone = Backbone(format="huggingface", weights=loaded.state_dict(), dropped=dropped)
-        stored = StoredCheckpoint(
-            contents=contents, choice=choice, backbone=backbone, architecture=architecture, network=loaded
-        )
-        return replace(stored, readout=find_readout(loaded, stored.native_pixels(loaded)))
+        if hub is None:
+            backbone = rename_weights(choice.network)
+            architecture = _find_architecture(contents, backbone, arch)
+            backbone = _convert_names(backbone, choice.network, architecture)
+            return StoredCheckpoint(backbone=backbone, architecture=architecture, **common)
+        outline_network(hub)  # before memory is taken for what the config claims
+        network, dropped = load_hub(cast(Mapping[str, object], hub.hub), choice.network.tensors)
+        backbone = Backbone(format="huggingface", weights=network.state_dict(), dropped=dropped)
+        stored = StoredCheckpoint(backbone=backbone, architecture=hub, network=network, **common)
+        # Tried once: what cannot be evaluated is refused here.
+        return replace(stored, readout=find_readout(network, stored.native_pixels(network)))
 
 
 def check_stored(stored: StoredCheckpoint, allow_missing: tuple[str, ...] = ()) -> float:
@@ -263,11 +249,9 @@ def check_stored(stored: StoredCheckpoint, allow_missing: tuple[str, ...] = ()) 
     if fit.lines:
         key = stored.choice.network.key
         arch = stored.architecture.name + (f" (network {key!r} of the file)" if key else "")
-        more = [f"and {len(fit.lines) - _MAX_SHOWN} more"] if len(fit.lines) > _MAX_SHOWN else []
-        listed = "\n".join(f"  {line}" for line in [*fit.lines[:_MAX_SHOWN], *more])
-        what = f"{describe_misfits(len(fit.lines), len(expected))} {arch}\n{listed}"
-        hint = f"{_suggest_architecture(stored)}{_suggest_options(stored, allow_missing)}"
-        raise CheckpointError(what, where=stored.contents.where, hint=hint)
+        listed = list_first(fit.lines, _MAX_SHOWN, "\n  ")
+        what = f"{describe_misfits(len(fit.lines), len(expected))} {arch}\n  {listed}"
+        raise CheckpointError(what, where=stored.contents.where, hint=_suggest_options(stored, allow_missing))
     if fit.waived:
         _log.warning("%s: absent, so left untrained: %s", stored.contents.where, ", ".join(fit.waived))
     return fit.matched
@@ -286,23 +270,25 @@ def list_alarms(stored: StoredCheckpoint, infos: Mapping[str, TensorInfo]) -> tu
         infos: Statistics of the weights that are used, by name.
     """
     alarms, positions = find_alarms(stored.choice, infos), stored.backbone.weights.get("pos_embed")
-    if positions is None or positions.dim() != 3 or not positions.is_floating_point():
-        return alarms
-    side = math.isqrt(positions.shape[1])
-    if (other := find_other_grid(positions, side)) is None:
+    if positions is None or (other := find_other_grid(positions)) is None:
         return alarms
     rows, columns = other
-    looks = f"the position embeddings look as if learned for {rows} x {columns} patches; they are read as {side} x "
-    return (*alarms, f"{looks}{side}. Wrap a network for images that are no squares: py:package.module:factory")
+    side = math.isqrt(rows * columns)
+    alarm = (
+        f"the position embeddings look as if learned for {rows} x {columns} patches; they are read as {side} x {side}. "
+    )
+    alarm += "Wrap a network for images that are no squares: py:package.module:factory"
+    return (*alarms, alarm)
 
 
 def _check_size(contents: Contents, network: StoredNetwork) -> None:
     """Refuse a network that is larger than its file, and one of more tensors than any network has."""
     network_bytes = sum(tensor.nbytes for tensor in network.tensors.values())
     if network_bytes > 2 * contents.file_bytes + _SLACK_BYTES or len(network.tensors) > _MAX_TENSORS:
-        what = f"holds a network of {len(network.tensors):,} tensors and {network_bytes:,} bytes in a file of "
+        what = f"holds a network of {len(network.tensors):,} tensors and {network_bytes:,} bytes "
+        what += f"in a file of {contents.file_bytes:,}"
         hint = "Weights that share their bytes are refused; where it was made, save them with .clone()."
-        raise CheckpointError(f"{what}{contents.file_bytes:,}", where=contents.where, hint=hint)
+        raise CheckpointError(what, where=contents.where, hint=hint)
 
 
 def _find_architecture(contents: Contents, backbone: Backbone, arch: str | None) -> Architecture:
@@ -310,13 +296,14 @@ def _find_architecture(contents: Contents, backbone: Backbone, arch: str | None)
     config, name = contents.config, arch or contents.stated_arch
     if name is not None:
         return name_architecture(name)
-    if config is not None and config.architecture is not None:
+    if config.architecture is not None:
         return config.architecture
-    heads, norm_eps = (backbone.heads, backbone.norm_eps) if config is None else (config.heads, config.norm_eps)
+    is_described = config.model_type is not None
+    heads, norm_eps = (config.heads, config.norm_eps) if is_described else (backbone.heads, backbone.norm_eps)
     # solo-learn's resnet18 for CIFAR begins with nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=2).
     is_padded = backbone.format == "solo-learn"
     recognised = recognise_architecture(backbone.weights, heads=heads, norm_eps=norm_eps, padded_stem=is_padded)
-    if config is not None and config.sizes:
+    if config.sizes:
         check_sizes(config, backbone.weights, recognised, where=contents.where)
     return recognised
 
@@ -344,20 +331,16 @@ def _convert_names(backbone: Backbone, network: StoredNetwork, architecture: Arc
 
 
 def _suggest_options(stored: StoredCheckpoint, allow_missing: tuple[str, ...]) -> str:
-    """Return a hint with the options that the user has not given."""
+    """Return a hint with the architecture that the weights look like, and the options that the user has not given."""
+    hint = ""
+    with suppress(CheckpointError):
+        if (name := recognise_architecture(stored.backbone.weights).name) != stored.architecture.name:
+            hint = f"The weights look like {name}. "
     options = [] if stored.is_named else ["another architecture with --arch"]
     options += ["another network of the file with --checkpoint-key"] if len(stored.contents.networks) > 1 else []
     options += [] if allow_missing else ["the weights that may stay untrained with --allow-missing PATTERN"]
-    named = f"Name {' or '.join(options)}. " if options else ""
-    return f"{named}`msn-eval inspect` lists the file's names and shapes."
-
-
-def _suggest_architecture(stored: StoredCheckpoint) -> str:
-    """Return a hint with the architecture that the weights look like, where it is another one."""
-    with suppress(CheckpointError):
-        if (name := recognise_architecture(stored.backbone.weights).name) != stored.architecture.name:
-            return f"The weights look like {name}. "
-    return ""
+    hint += f"Name {' or '.join(options)}. " if options else ""
+    return f"{hint}`msn-eval inspect` lists the file's names and shapes."
 
 
 def fit_weights(
@@ -411,10 +394,10 @@ def load_weights(
     Raises:
         CheckpointError: A weight is not finite.
     """
-    counts = [f"{name}: {info.not_finite:,} of {info.values:,}" for name, info in infos.items() if info.not_finite]
+    counts = [f"{name:.80}: {info.not_finite:,} of {info.values:,}" for name, info in infos.items() if info.not_finite]
     if counts:
         weights_hold = format_count(len(counts), "weight holds", "weights hold")
-        what = f"{weights_hold} NaN or infinite values ({', '.join(counts[:_MAX_SHOWN])})"
+        what = f"{weights_hold} NaN or infinite values ({list_first(counts, _MAX_SHOWN)})"
         hint = "A network with such weights gives no meaningful accuracy; use an earlier checkpoint."
         raise CheckpointError(what, where=where, hint=hint)
     network.load_state_dict(dict(weights), strict=False)  # what the user allows to be absent stays as it is

@@ -12,8 +12,8 @@ import torch
 from msn_eval.checkpoints.hf_export import (
     FolderContent,
     Head,
-    PlainNetwork,
     build_classifier_content,
+    build_folder_content,
     check_save_folder,
     read_saved_result,
     write_classifier,
@@ -23,7 +23,7 @@ from msn_eval.data.hashing import make_unreadable_error
 from msn_eval.data.images import ImageSet
 from msn_eval.data.loader import PixelList, automatic_workers
 from msn_eval.distributed.group import Group, all_gather_object, split_across_ranks
-from msn_eval.errors import UsageError
+from msn_eval.errors import UsageError, name_place
 from msn_eval.evaluation.canary import choose_labels
 from msn_eval.evaluation.measurement import Measurement, find_taps, label_only, make_predictions, make_result_id
 from msn_eval.evaluation.plan import Plan, Task, find_unreadable
@@ -183,12 +183,8 @@ def _export(plan: Plan, encoder: Encoder, task: Task, model: FinetuneModel) -> F
         tap=model.tap,
         classes=plan.val.classes,
     )
-    network = PlainNetwork(
-        outline=model.network,
-        weights=weights,
-        mean=encoder.transform.mean,
-        std=encoder.transform.std,
-        name=encoder.arch,
-        where=encoder.checkpoint.path,
-    )
-    return build_classifier_content(network, head, result_id=make_result_id(encoder, task))
+    with name_place(encoder.checkpoint.path):
+        backbone = build_folder_content(
+            model.network, weights, name=encoder.arch, mean=encoder.transform.mean, std=encoder.transform.std
+        )
+        return build_classifier_content(backbone, head, name=encoder.arch, result_id=make_result_id(encoder, task))

@@ -97,7 +97,7 @@ def interpolate_positions(positions: Tensor, *, patches_a_side: int, rule: Posit
     return torch.cat([positions[:, :prefix], resized.flatten(2).transpose(1, 2)], dim=1)
 
 
-def find_other_grid(positions: Tensor, patches_a_side: int) -> tuple[int, int] | None:
+def find_other_grid(positions: Tensor) -> tuple[int, int] | None:
     """Return the rows and columns that position embeddings were learned for, where that is not the square they are read as.
 
     Learned positions of patches above each other are alike, so that their mean squared difference has a minimum at a distance of
@@ -105,8 +105,10 @@ def find_other_grid(positions: Tensor, patches_a_side: int) -> tuple[int, int] |
 
     Args:
         positions: (1, p + g * g, d), p prefix tokens first.
-        patches_a_side: g.
     """
+    if positions.dim() != 3 or not positions.is_floating_point():
+        return None
+    patches_a_side = math.isqrt(positions.shape[1])
     patches = positions[0, -(patches_a_side**2) :].double()
     scale = 2 * patches.var(dim=0, unbiased=False).sum()
 
@@ -121,10 +123,8 @@ def find_other_grid(positions: Tensor, patches_a_side: int) -> tuple[int, int] |
     if not _SMALLEST_GRID <= patches_a_side <= _LARGEST_GRID or not scale.isfinite() or scale <= 0:
         return None
     widths = [width for width in range(2, count // 2 + 1) if count % width == 0 and is_row(width)]
-    if not widths:
-        return None
-    width = min(widths, key=difference)
-    return count // width, width
+    width = min(widths, key=difference, default=None)
+    return None if width is None else (count // width, width)
 
 
 def stored_pixels(network: nn.Module) -> int | None:
@@ -195,11 +195,10 @@ def class_attention(block: nn.Module, tokens: Tensor) -> Tensor:
 def _project_qkv(attention: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the query of the first token, (b, heads, 1, d), and keys and values of all, (b, heads, n, d)."""
     projection = cast(nn.Linear, attention.qkv)
-    width = len(projection.weight) // 3
-    bias = projection.bias
-    query = functional.linear(tokens[:, :1], projection.weight[:width], None if bias is None else bias[:width])
-    others = functional.linear(tokens, projection.weight[width:], None if bias is None else bias[width:])
-    key, value = others.chunk(2, dim=-1)
+    weight, bias = projection.weight, projection.bias
+    width = len(weight) // 3
+    query = functional.linear(tokens[:, :1], weight[:width], None if bias is None else bias[:width])
+    key, value = functional.linear(tokens, weight[width:], None if bias is None else bias[width:]).chunk(2, dim=-1)
     query, key, value = (
         part.view(*part.shape[:2], cast(int, attention.num_heads), -1).transpose(1, 2) for part in (query, key, value)
     )

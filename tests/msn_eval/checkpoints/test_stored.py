@@ -11,15 +11,19 @@ import pytest
 import safetensors.torch
 import torch
 import torchvision
+from timm.models.beit import Beit
 from torch import Tensor, nn
+from transformers import BeitConfig, BeitModel
 
 from msn_eval.checkpoints.convert import convert_checkpoint
+from msn_eval.checkpoints.hf_config import HubConfig
 from msn_eval.checkpoints.sanity_checks import describe_values
 from msn_eval.checkpoints.stored import (
     StoredCheckpoint,
     check_stored,
     choose_stored,
     fit_weights,
+    list_alarms,
     load_weights,
     read_contents,
 )
@@ -53,7 +57,7 @@ def test_contents_of_a_file_are_its_networks_hash_and_size(tmp_path: Path, vit_w
     path = saved(tmp_path, {"target_encoder": vit_weights(depth=1), "prototypes": torch.ones(2), "epoch": 7})
     contents = read_contents(path)
     assert [network.key for network in contents.networks] == ["target_encoder"]
-    assert (contents.where, contents.container, contents.epoch, contents.config) == (str(path), "zip", 7, None)
+    assert (contents.where, contents.container, contents.epoch, contents.config) == (str(path), "zip", 7, HubConfig())
     assert (contents.sha256, contents.file_bytes) == (
         hashlib.sha256(path.read_bytes()).hexdigest(),
         path.stat().st_size,
@@ -65,7 +69,7 @@ def test_config_belongs_to_the_file_that_has_a_hubs_name(
     tmp_path: Path, vit_weights: WeightMaker, name: str, has_config: bool
 ) -> None:
     contents = read_contents(described(tmp_path, vit_weights(depth=1), HEADS, name))
-    assert (contents.config is not None) == has_config
+    assert (contents.config != HubConfig()) == has_config
 
 
 def sharded(folder: Path, *shards: Weights) -> list[Path]:
@@ -182,6 +186,75 @@ def test_weights_of_odd_shapes_are_refused_by_an_error_of_ours(
     with pytest.raises(CheckpointError) as refusal:
         check_stored(choose_stored(contents))
     assert refusal.value.hint
+
+
+def unilm_beit() -> Weights:
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 192, "depth": 1, "num_heads": 3, "num_classes": 0}
+    return dict(Beit(**sizes, init_values=0.1, use_abs_pos_emb=False, use_rel_pos_bias=True).state_dict())
+
+
+def transformers_beit() -> Weights:
+    sizes = {"hidden_size": 192, "num_hidden_layers": 1, "num_attention_heads": 3, "intermediate_size": 768}
+    config = BeitConfig(**sizes, image_size=32, patch_size=8, use_relative_position_bias=True)
+    return dict(BeitModel(config).state_dict())
+
+
+@pytest.mark.parametrize("value", [0.0, 0.5])
+@pytest.mark.parametrize(
+    ("write", "values_name", "keys_name", "line"),
+    [
+        (unilm_beit, "attn.v_bias", "attn.k_bias", "blocks.0.attn.k_bias: no place in the model"),
+        (transformers_beit, "v_proj.bias", "k_proj.bias", "blocks.0.attn.k.bias: no place in the model"),
+    ],
+    ids=["unilm", "transformers"],
+)
+def test_biases_of_keys_which_no_beit_has_are_refused_and_not_dropped(
+    tmp_path: Path, write: Callable[[], Weights], values_name: str, keys_name: str, line: str, value: float
+) -> None:
+    weights = write()
+    (values,) = [name for name in weights if name.endswith(values_name)]
+    weights[values.replace(values_name, keys_name)] = torch.full((192,), value)
+    assert line in misfit(stored(saved(tmp_path, weights))).what
+
+
+def test_files_of_beit_without_biases_of_keys_fit(tmp_path: Path) -> None:
+    for number, weights in enumerate((unilm_beit(), transformers_beit())):
+        assert check_stored(stored(saved(tmp_path, weights, f"{number}.pth"))) == 1.0
+
+
+# Messages with texts from a file.
+
+
+def test_network_much_larger_than_its_file_is_refused_with_both_sizes(tmp_path: Path) -> None:
+    one = torch.ones(1000, 1000)
+    path = saved(tmp_path, {f"{number}.weight": one.reshape(1000, 1000) for number in range(9)})
+    size = path.stat().st_size
+    with pytest.raises(CheckpointError) as refusal:
+        stored(path)
+    assert refusal.value.what == f"holds a network of 9 tensors and 36,000,000 bytes in a file of {size:,}"
+
+
+def test_positions_of_a_rectangle_are_an_alarm_of_whole_sentences(tmp_path: Path, vit_weights: WeightMaker) -> None:
+    rows, columns = torch.meshgrid(torch.arange(2.0), torch.arange(8.0), indexing="ij")
+    frequencies = 10_000.0 ** -(torch.arange(48) / 48)
+    angles = torch.stack([rows.flatten(), columns.flatten()], dim=1)[:, :, None] * frequencies
+    patches = torch.cat([angles.sin(), angles.cos()], dim=2).flatten(1)
+    positions = torch.cat([torch.zeros(1, 192), patches])[None]
+    checkpoint = stored(saved(tmp_path, vit_weights() | {"pos_embed": positions}))
+    assert list_alarms(checkpoint, {}) == (
+        "the position embeddings look as if learned for 2 x 8 patches; they are read as 4 x 4. "
+        "Wrap a network for images that are no squares: py:package.module:factory",
+    )
+
+
+def test_refusal_of_values_that_are_not_finite_is_complete_for_long_names() -> None:
+    weights = {f"{number}{'x' * 3000}": torch.tensor([math.nan]) for number in range(7)}
+    infos = {name: describe_values(tensor) for name, tensor in weights.items()}
+    with pytest.raises(CheckpointError) as refusal:
+        load_weights(nn.Linear(3, 2), weights, infos, where="vit.pth")
+    message = str(refusal.value).splitlines()[0]
+    assert message.startswith("vit.pth: 7 weights hold NaN or infinite values (0x")
+    assert message.endswith(": 1 of 1 and 2 more)")
 
 
 # The comparison with a network, and the loading.
