@@ -154,24 +154,14 @@ def read_hub_config(folder: Path) -> dict[str, object]:
     """Read a folder's config.json. Raises CheckpointError where it is missing or damaged, or requires its own code."""
     config, processor = _read_json(folder / CONFIG), read_image_processor(folder)
     for path, content in ((folder / CONFIG, config), processor):
-        if _names_own_code(content):
+        levels: list[object] = [content]
+        for value in levels:
+            levels += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        if any(isinstance(value, dict) and "auto_map" in value for value in levels):
             what = "Requires code of its own repository (auto_map), which is never run here"
             hint = "Choose a repository without it, or wrap the network yourself: py:package.module:factory."
             raise CheckpointError(what, where=str(path), hint=hint)
     return config
-
-
-def _names_own_code(content: object) -> bool:
-    """Whether `auto_map` is a key at any level of a JSON file's content."""
-    levels = [content]
-    for value in levels:
-        if isinstance(value, dict):
-            if "auto_map" in value:
-                return True
-            levels += value.values()
-        elif isinstance(value, list):
-            levels += value
-    return False
 
 
 def read_image_processor(folder: Path) -> tuple[Path, dict[str, object]]:

@@ -173,9 +173,7 @@ def recognise_architecture(
             if name in weights and (weights[name].dim() != dimensions or not weights[name].numel()):
                 shape = tuple(weights[name].shape)
                 raise _unknown(f"{name} of shape {shape} does not belong to a known Vision Transformer")
-        if "blocks.0.gamma_1" in weights or _bias_tables(weights):
-            return _recognise_beit(weights, heads, norm_eps)
-        return _recognise_vit(weights, heads, norm_eps)
+        return _recognise_transformer(weights, heads, norm_eps)
     if "layer1.0.conv1.weight" in weights and "bn1.weight" in weights:
         return _recognise_resnet(weights, "cifar_padded" if padded_stem else "cifar")
     shown = ", ".join(sorted(weights)[:4])
@@ -186,23 +184,21 @@ def _unknown(what: str, example: str = "") -> CheckpointError:
     return CheckpointError(what, hint=f"Name its architecture: --arch NAME{example}.")
 
 
-def _recognise_vit(weights: Mapping[str, Tensor], heads: int | None, norm_eps: float | None) -> Architecture:
+def _describe_vit(weights: Mapping[str, Tensor]) -> tuple[int, dict[str, object]]:
+    """Return the patches per side of a Vision Transformer, and its own keywords."""
     if "norm_pre.weight" in weights:
-        raise _unknown(
-            "a Vision Transformer with a norm before its blocks, as CLIP's: no weight shows its activation and epsilon",
-            ", such as vit_base_patch16_clip_quickgelu_224",
+        what = (
+            "a Vision Transformer with a norm before its blocks, as CLIP's: no weight shows its activation and epsilon"
         )
+        raise _unknown(what, ", such as vit_base_patch16_clip_quickgelu_224")
     if not weights.keys() & {"cls_token", "norm.weight", "blocks.0.attn.qkv.bias", "blocks.0.ls1.gamma"}:
-        raise _unknown(
-            "a Vision Transformer without class token, final norm, biases of its queries and scaled residuals: timm's "
-            "networks with norms behind their layers and those with norms before them have the same weights",
-            ", such as vit_base_patch16_rpn_224",
-        )
-    has_class_token = "cls_token" in weights
+        what = "a Vision Transformer without class token, final norm, biases of its queries and scaled residuals: "
+        what += "timm's networks with norms behind their layers and those with norms before them have the same weights"
+        raise _unknown(what, ", such as vit_base_patch16_rpn_224")
+    has_class_token, has_final_norm = "cls_token" in weights, "norm.weight" in weights
     registers = weights["reg_token"].shape[1] if "reg_token" in weights else 0
     grid, class_position = _position_grid(weights, has_class_token=has_class_token, registers=registers)
-    has_final_norm = "norm.weight" in weights
-    own = {
+    return grid, {
         "qkv_bias": "blocks.0.attn.qkv.bias" in weights,
         "qk_norm": "blocks.0.attn.q_norm.weight" in weights,
         "init_values": 1.0 if "blocks.0.ls1.gamma" in weights else None,
@@ -212,18 +208,17 @@ def _recognise_vit(weights: Mapping[str, Tensor], heads: int | None, norm_eps: f
         "global_pool": "token" if has_class_token and has_final_norm else "avg",
         "fc_norm": not has_final_norm,
     }
-    return _describe_transformer("vit", weights, grid, heads, norm_eps, own)
 
 
-def _recognise_beit(weights: Mapping[str, Tensor], heads: int | None, norm_eps: float | None) -> Architecture:
-    """Recognise BEiT and its relatives such as data2vec: relative positions per block or shared, scaled residuals."""
+def _describe_beit(weights: Mapping[str, Tensor]) -> tuple[int, dict[str, object]]:
+    """Return the patches per side and the own keywords of BEiT and its relatives such as data2vec: relative positions per block
+    or shared, scaled residuals."""
     if tables := _bias_tables(weights):
         # A table has a row for each offset between two of g x g patches, and three for the class token.
-        rows, table_heads = weights[tables[0]].shape
-        grid, heads = (math.isqrt(max(0, rows - 3)) + 1) // 2, heads or table_heads
+        grid = (math.isqrt(max(0, len(weights[tables[0]]) - 3)) + 1) // 2
     else:
         grid, _ = _position_grid(weights, has_class_token=True, registers=0)
-    own = {
+    return grid, {
         "qkv_bias": "blocks.0.attn.q_bias" in weights,
         "init_values": 1.0 if "blocks.0.gamma_1" in weights else None,
         "use_abs_pos_emb": "pos_embed" in weights,
@@ -231,18 +226,14 @@ def _recognise_beit(weights: Mapping[str, Tensor], heads: int | None, norm_eps: 
         "use_shared_rel_pos_bias": "rel_pos_bias.relative_position_bias_table" in weights,
         "use_fc_norm": "norm.weight" not in weights,
     }
-    return _describe_transformer("beit", weights, grid, heads, norm_eps, own)
 
 
-def _describe_transformer(
-    kind: Literal["vit", "beit"],
-    weights: Mapping[str, Tensor],
-    grid: int,
-    heads: int | None,
-    norm_eps: float | None,
-    own: Mapping[str, object],
-) -> Architecture:
-    """Return the architecture of `own` keywords and of those that BEiT and other Vision Transformers share."""
+def _recognise_transformer(weights: Mapping[str, Tensor], heads: int | None, norm_eps: float | None) -> Architecture:
+    tables = _bias_tables(weights)
+    kind: Literal["vit", "beit"] = "beit" if tables or "blocks.0.gamma_1" in weights else "vit"
+    grid, own = _describe_beit(weights) if kind == "beit" else _describe_vit(weights)
+    if tables:
+        heads = heads or weights[tables[0]].shape[1]
     width, channels, patch, patch_width = weights["patch_embed.proj.weight"].shape
     check_channels(channels)
     if patch != patch_width:
@@ -256,19 +247,18 @@ def _describe_transformer(
     hidden = first.shape[0]
     gated = hidden == 2 * second.shape[1]  # one half of the outputs gates the other half
     if heads is None and width == _OPEN_WIDTH and not gated and not weights.keys() & {"cls_token", "reg_token"}:
-        raise CheckpointError(
-            f"a Vision Transformer of width {width} without class token has 12 or 16 heads, which no weight shows",
-            hint=f"Name it: --arch vit_base_patch16_gap_224 (16 heads), or --arch 'vit_base_patch16_224?class_token=False"
-            f"&global_pool=avg&patch_size={patch}&img_size={grid * patch}' (12 heads).",
-        )
+        what = f"a Vision Transformer of width {width} without class token has 12 or 16 heads, which no weight shows"
+        named = f"class_token=False&global_pool=avg&patch_size={patch}&img_size={grid * patch}"
+        hint = "Name it: --arch vit_base_patch16_gap_224 (16 heads), "
+        hint += f"or --arch 'vit_base_patch16_224?{named}' (12 heads)."
+        raise CheckpointError(what, hint=hint)
     heads = heads or (_GATED_HEADS_BY_WIDTH if gated else _HEADS_BY_WIDTH).get(width)
     if heads is None:
-        raise CheckpointError(
-            f"a Vision Transformer of width {width} and depth {depth}: no weight's shape shows its number of heads, "
-            f"and no published architecture has this width (known: {', '.join(map(str, _HEADS_BY_WIDTH))})",
-            hint=f"Name it: --arch 'vit_tiny_patch16_224?embed_dim={width}&depth={depth}&patch_size={patch}&num_heads=N"
-            "&img_size=N'.",
-        )
+        what = f"a Vision Transformer of width {width} and depth {depth}: no weight's shape shows its number of heads, "
+        what += f"and no published architecture has this width (known: {', '.join(map(str, _HEADS_BY_WIDTH))})"
+        shown = f"embed_dim={width}&depth={depth}&patch_size={patch}"
+        hint = f"Name it: --arch 'vit_tiny_patch16_224?{shown}&num_heads=N&img_size=N'."
+        raise CheckpointError(what, hint=hint)
     keywords = {
         "img_size": grid * patch,
         "patch_size": patch,

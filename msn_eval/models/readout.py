@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 
 from msn_eval.errors import CheckpointError
 from msn_eval.models.hub import HubNetwork
@@ -58,30 +59,23 @@ def find_readout(network: nn.Module, image_pixels: int) -> Readout:
 @torch.no_grad()
 def _try_network(network: nn.Module, image_pixels: int) -> Readout:
     calls: list[tuple[str, Tensor, Tensor]] = []
+    names = {module: name for name, module in network.named_modules() if not _IN_BLOCK.search(name)}
 
-    def record(name: str) -> Any:
-        return lambda module, inputs, output: calls.append((name, inputs[0], output))
+    def record(module: nn.Module, inputs: Any, output: Any) -> None:
+        if module in names and _NORM.search(type(module).__name__):
+            calls.append((names[module], inputs[0], output))
 
-    hooks = [
-        module.register_forward_hook(record(name))
-        for name, module in network.named_modules()
-        if _NORM.search(type(module).__name__) and not _IN_BLOCK.search(name)
-    ]
     noise = torch.randn(1, 3, image_pixels, image_pixels, generator=torch.Generator().manual_seed(0))
-    try:
+    with register_module_forward_hook(record):
         last, pooled = run_network(network, noise)
-    finally:
-        for hook in hooks:
-            hook.remove()
     if isinstance(cast(object, last), list):  # tokens of several scales
         return Readout()
     inside = next((name for name, _, made in calls if made.shape == last.shape and made.equal(last)), "")
     if isinstance(network, HubNetwork):
         prefix, has_class = network.count_prefix(noise, last)
     else:
-        has_class = getattr(network, "num_prefix_tokens", 0) == 1 and isinstance(
-            getattr(network, "cls_token", None), Tensor
-        )
+        has_token = isinstance(getattr(network, "cls_token", None), Tensor)
+        has_class = has_token and getattr(network, "num_prefix_tokens", 0) == 1
         prefix = int(has_class)
         if not has_class and any(_CLASS_TOKEN.search(name) for name, _ in network.named_parameters()):
             return Readout()
@@ -89,7 +83,7 @@ def _try_network(network: nn.Module, image_pixels: int) -> Readout:
         if pooled is None:
             raise ValueError("it does not pool, and does not show which of its tokens are patches")
         return Readout()
-    tokens = _flatten(last)
+    tokens = last.flatten(1, -2)
     mean = tokens[:, prefix:].mean(dim=1)
     on_first = next((name for name, given, _ in calls if _is_close(given, tokens[:, 0])), "")
     on_mean = next((name for name, given, _ in calls if _is_close(given, mean)), "")
@@ -140,7 +134,7 @@ def read_taps(
         return dict.fromkeys(taps, cast(Tensor, pooled).float())
     # The network may use its norm again, for its own pooling.
     same = (given for given, made in calls if made.shape == last.shape and (len(calls) == 1 or made.equal(last)))
-    raw = _flatten(next(same) if readout.norms_all else last)
+    raw = (next(same) if readout.norms_all else last).flatten(1, -2)
     features: dict[str, Tensor] = {}
     for tap in taps:
         if tap in ("pool", "out"):
@@ -151,10 +145,6 @@ def read_taps(
         else:
             features[tap] = norm(raw[:, 0].float()) if tap == "cls-norm" else raw[:, 0].float()
     return features
-
-
-def _flatten(last: Tensor) -> Tensor:
-    return last.flatten(1, -2)
 
 
 def _is_close(one: Tensor, other: Tensor) -> bool:

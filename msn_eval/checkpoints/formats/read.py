@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from msn_eval.checkpoints.formats.safetensors import read_metadata, read_tensors
 from msn_eval.checkpoints.formats.torch_file import check_pickles, check_zip, load_checked
-from msn_eval.errors import CheckpointError
+from msn_eval.errors import CheckpointError, name_place
 
 Container = Literal["zip", "pickle", "safetensors"]
 Content: TypeAlias = "Tensor | int | float | str | dict[str, Content]"
@@ -96,43 +96,46 @@ def read_weight_file(path: Path) -> WeightFile:
     Raises:
         CheckpointError: The file is missing, damaged, changing, hostile, or of another kind.
     """
-    where = str(path)
     if tuple(int(number) for number in torch.__version__.split(".")[:2]) < _MIN_TORCH:
         raise CheckpointError(f"torch {torch.__version__} loads files unsafely", hint="Install torch 2.10 or newer.")
-    try:
-        mode = path.stat().st_mode
-        if not stat.S_ISREG(mode):  # a pipe could make the reader wait for ever
-            what = "is a folder" if stat.S_ISDIR(mode) else "is a pipe, device or socket"
-            raise CheckpointError(f"{what}, not a checkpoint file", hint="Name the file.")
-        with path.open("rb") as file:
-            before = os.fstat(file.fileno())
-            size = before.st_size
-            container = sniff_container(file.read(512))
-            if isinstance(container, tuple):
-                raise CheckpointError(container[0], hint=container[1])
-            file.seek(0)
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-            loaded: object = read_tensors(path) if container == "safetensors" else None
-            metadata = read_metadata(path) if container == "safetensors" else {}
-            notes: tuple[str, ...] = ()
-            if container != "safetensors":
-                check = check_zip if container == "zip" else check_pickles
-                notes = check(file, file_bytes=size, sha256=sha256)
-                loaded = load_checked(file)
-            for after in (os.fstat(file.fileno()), path.stat()):
-                if any(getattr(after, name) != getattr(before, name) for name in ("st_size", "st_mtime_ns", "st_ino")):
-                    raise CheckpointError("changed while it was being read", hint="Wait until it is written in full.")
-        notes += _check_sidecar(path, sha256)
-        content = _plain_content(loaded, file_bytes=size)
-    except CheckpointError as error:
-        error.where = where
-        raise
-    except FileNotFoundError:
-        hint = 'Check the path; "msn-eval ls checkpoints" lists the schemes.'
-        raise CheckpointError("no such checkpoint file", where=where, hint=hint) from None
-    except OSError as error:
-        what = f"cannot be read: {error.strerror or error}"
-        raise CheckpointError(what, where=where, hint="Check the path and its permissions.") from error
+    with name_place(str(path)):
+        try:
+            return _read_regular_file(path)
+        except FileNotFoundError:
+            hint = 'Check the path; "msn-eval ls checkpoints" lists the schemes.'
+            raise CheckpointError("no such checkpoint file", hint=hint) from None
+        except OSError as error:
+            what = f"cannot be read: {error.strerror or error}"
+            raise CheckpointError(what, hint="Check the path and its permissions.") from error
+
+
+def _read_regular_file(path: Path) -> WeightFile:
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode):  # a pipe could make the reader wait for ever
+        what = "is a folder" if stat.S_ISDIR(mode) else "is a pipe, device or socket"
+        raise CheckpointError(f"{what}, not a checkpoint file", hint="Name the file.")
+    with path.open("rb") as file:
+        before = os.fstat(file.fileno())
+        size = before.st_size
+        container = sniff_container(file.read(512))
+        if isinstance(container, tuple):
+            raise CheckpointError(container[0], hint=container[1])
+        file.seek(0)
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        notes: tuple[str, ...] = ()
+        metadata: dict[str, str] = {}
+        if container == "safetensors":
+            loaded: object = read_tensors(path)
+            metadata = read_metadata(path)
+        else:
+            check = check_zip if container == "zip" else check_pickles
+            notes = check(file, file_bytes=size, sha256=sha256)
+            loaded = load_checked(file)
+        for after in (os.fstat(file.fileno()), path.stat()):
+            if (after.st_size, after.st_mtime_ns, after.st_ino) != (size, before.st_mtime_ns, before.st_ino):
+                raise CheckpointError("changed while it was being read", hint="Wait until it is written in full.")
+    notes += _check_sidecar(path, sha256)
+    content = _plain_content(loaded, file_bytes=size)
     return WeightFile(
         content=content, sha256=sha256, container=container, file_bytes=size, notes=notes, metadata=metadata
     )
@@ -180,10 +183,8 @@ def _plain_content(loaded: object, *, file_bytes: int) -> dict[str, Content]:
                 target[name] = inner
                 pending.append((value, inner, depth + 1))
     if (total := sum(tensor_bytes.values())) > 2 * file_bytes + _SLACK_BYTES:
-        raise CheckpointError(
-            f"holds tensors of {total:,} bytes in a file of {file_bytes:,}",
-            hint="Expanded tensors are refused; where it was made, save them with .contiguous().",
-        )
+        hint = "Expanded tensors are refused; where it was made, save them with .contiguous()."
+        raise CheckpointError(f"holds tensors of {total:,} bytes in a file of {file_bytes:,}", hint=hint)
     return content
 
 

@@ -1,6 +1,5 @@
 """Training states in shards: they are recognised, and never read."""
 
-import contextlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,23 +14,17 @@ _FLAT = re.compile(r"(^|\.)_?flat_param(_\d+)?$")
 def check_not_sharded(path: Path) -> None:
     """Raise CheckpointError for a folder or file of torch's distributed checkpoints or of DeepSpeed's ZeRO."""
     folder = path if path.is_dir() else path.parent
-    names = _list_names(path) if path.is_dir() else [path.name]
+    names = [file.name for file in path.glob("*")] if path.is_dir() else [path.name]
     if any(name.endswith(".distcp") or name == ".metadata" for name in names):
         what = "a distributed checkpoint (DCP) of torch, in shards. It is not read: torch unpickles its .metadata "
         what += "without restriction, which can run code"
         hint = f"If you trust it, convert it: {_DCP_TO_TORCH.format(folder)}"
         raise CheckpointError(what, where=str(path), hint=hint)
-    steps = [name for name in names if re.fullmatch(r"global_step\d+", name) and (path / name).is_dir()]
-    inside = [*names, *(name for step in steps for name in _list_names(path / step))]
+    steps = [step for step in path.glob("*/") if re.fullmatch(r"global_step\d+", step.name)]
+    inside = [*names, *(file.name for step in steps for file in step.glob("*"))]
     if "zero_to_fp32.py" in names or any(map(_ZERO_FILE.fullmatch, inside)):
         root = folder if steps or "zero_to_fp32.py" in names else folder.parent
         raise _of_deepspeed(path, root)
-
-
-def _list_names(folder: Path) -> list[str]:
-    with contextlib.suppress(OSError):  # whoever reads it says why it cannot be read
-        return [file.name for file in folder.iterdir()]
-    return []
 
 
 def check_not_flat(content: Mapping[str, object], path: Path) -> None:
