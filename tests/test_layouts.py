@@ -100,7 +100,8 @@ def vit(seed: int = 1, **keywords: object) -> VisionTransformer:
 
 @cache
 def resnet(seed: int = 1) -> nn.Module:
-    return randomize(torchvision.models.resnet18(), seed)
+    """Return a network whose weights are numbers of float16, so that files may hold half the bytes."""
+    return randomize(torchvision.models.resnet18(), seed).half().float()
 
 
 def outputs(network: nn.Module, images: Tensor, *modules: nn.Module, **keywords: object) -> list[Tensor]:
@@ -137,9 +138,14 @@ def torchvision_taps(network: TorchvisionViT, images: Tensor) -> Taps:
     return token_taps(network, network.encoder.layers[-1], network.encoder.ln, images)
 
 
+def halved(weights: Mapping[str, Tensor]) -> Weights:
+    return {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
+
+
+@cache
 def headless(seed: int = 1) -> Weights:
-    """Return the weights of a ResNet without its classifier."""
-    return without(resnet(seed).state_dict(), "fc.")
+    """Return the weights of a ResNet without its classifier, in float16."""
+    return halved(without(resnet(seed).state_dict(), "fc."))
 
 
 def rival() -> Weights:
@@ -174,12 +180,12 @@ def mlp(*widths: int) -> Weights:
     return nn.Sequential(*[nn.Linear(inputs, outputs) for inputs, outputs in pairwise(widths)]).state_dict()
 
 
-def optimizer_state(network: nn.Module) -> dict[str, Any]:
-    """Return the state of an AdamW after a step, without changing the weights."""
-    steps = deepcopy(network)
-    optimizer = torch.optim.AdamW(steps.parameters())
-    for parameter in steps.parameters():
-        parameter.grad = torch.ones_like(parameter)
+@cache
+def optimizer_state() -> dict[str, Any]:
+    """Return the state of an AdamW after a step."""
+    network = nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(network.parameters())
+    network(torch.ones(1, 2)).sum().backward()
     optimizer.step()
     return optimizer.state_dict()
 
@@ -215,7 +221,7 @@ def msn_training(folder: Path) -> Layout:
     head = under("module.fc.", {"fc1.weight": torch.ones(8, 192), "bn1.running_mean": torch.ones(8)})
     content = {
         "encoder": under("module.", anchor) | head,
-        "opt": optimizer_state(anchor),
+        "opt": optimizer_state(),
         "prototypes": torch.ones(16, 8),
         "target_encoder": under("module.", target) | head,
         "epoch": 3,
@@ -241,7 +247,7 @@ def dino_training(folder: Path) -> Layout:
     content = {
         "student": under("module.backbone.", student) | under("module.head.", dino_head()),
         "teacher": under("backbone.", teacher) | under("head.", dino_head()),
-        "optimizer": optimizer_state(student),
+        "optimizer": optimizer_state(),
         "epoch": 100,
         "args": ARGS,
         "dino_loss": {"center": torch.zeros(1, 64)},
@@ -273,7 +279,7 @@ def ibot_training(folder: Path) -> Layout:
     content = {
         "student": under("module.", under("backbone.", student) | masked | head),
         "teacher": under("backbone.", teacher) | masked | head,
-        "optimizer": optimizer_state(student),
+        "optimizer": optimizer_state(),
         "epoch": 100,
         "args": ARGS,
         "ibot_loss": {"center": torch.zeros(1, 64), "center2": torch.zeros(1, 1, 64)},
@@ -380,7 +386,7 @@ def mae_pretraining(folder: Path) -> Layout:
     )
     content = {
         "model": under("", network) | decoder,
-        "optimizer": optimizer_state(network),
+        "optimizer": optimizer_state(),
         "epoch": 1599,
         "scaler": {"scale": 65536.0},
         "args": ARGS,
@@ -397,7 +403,7 @@ def mae_finetuned(folder: Path) -> Layout:
     network = vit(global_pool="avg")
     content = {
         "model": under("", network) | under("head.", nn.Linear(192, 10)),
-        "optimizer": optimizer_state(network),
+        "optimizer": optimizer_state(),
         "epoch": 99,
         "args": ARGS,
     }
@@ -410,7 +416,7 @@ def ijepa(folder: Path) -> Layout:
     content = {
         "encoder": under("module.", context),
         "predictor": under("module.", predictor | under("predictor_blocks.0.norm1.", nn.LayerNorm(16))),
-        "opt": optimizer_state(context),
+        "opt": optimizer_state(),
         "scaler": {"scale": 65536.0},
         "target_encoder": under("module.", target),
         "epoch": 300,
@@ -472,7 +478,7 @@ def mocov3_vit(folder: Path) -> Layout:
         | under("module.momentum_encoder.", momentum)
         | under("module.momentum_encoder.head.", mlp(384, 16, 8))
         | under("module.predictor.", mlp(8, 16, 8)),
-        "optimizer": optimizer_state(base),
+        "optimizer": optimizer_state(),
         "scaler": {"scale": 65536.0},
     }
     path, arch = saved(folder, content, "vit-s-300ep.pth.tar"), "vit_width384_depth2_patch8_32_heads12"
@@ -532,7 +538,7 @@ def mocov2(folder: Path) -> Layout:
         | under("module.encoder_k.", key)
         | under("module.encoder_k.fc.", mlp(512, 16, 8))
         | {"module.queue": torch.ones(8, 32), "module.queue_ptr": torch.zeros(1, dtype=torch.long)},
-        "optimizer": optimizer_state(nn.Linear(2, 2)),
+        "optimizer": optimizer_state(),
     }
     return resnet_layout(saved(folder, content, "moco.pth.tar"), resnet(1), format="moco", key="state_dict.encoder_q")
 
@@ -545,7 +551,7 @@ def simsiam(folder: Path) -> Layout:
         "state_dict": under("module.encoder.", network)
         | under("module.encoder.fc.", mlp(512, 16, 8))
         | under("module.predictor.", mlp(8, 4, 8)),
-        "optimizer": optimizer_state(nn.Linear(2, 2)),
+        "optimizer": optimizer_state(),
         "best_acc1": torch.tensor(0.0),
     }
     return resnet_layout(saved(folder, content, "simsiam.pth.tar"), resnet(), format="simsiam", key="state_dict")
@@ -567,7 +573,7 @@ def barlow_twins_training(folder: Path) -> Layout:
     content = {
         "epoch": 1000,
         "model": under("module.backbone.", headless()) | heads,
-        "optimizer": optimizer_state(nn.Linear(2, 2)),
+        "optimizer": optimizer_state(),
     }
     return resnet_layout(saved(folder, content), resnet(), format="torchvision", key="model")
 
@@ -581,19 +587,24 @@ def vicreg_training(folder: Path) -> Layout:
 # Libraries.
 
 
-def solo_learn(folder: Path, network: Callable[[int], nn.Module], layout: Callable[..., Layout]) -> Layout:
+def solo_learn(
+    folder: Path,
+    network: Callable[[int], nn.Module],
+    layout: Callable[..., Layout],
+    store: Callable[[Mapping[str, Tensor]], Weights] = dict,
+) -> Layout:
     chosen, momentum = network(1), network(2)
     content = {
         "epoch": 399,
         "global_step": 1000,
         "pytorch-lightning_version": "1.8.6",
-        "state_dict": under("backbone.", without(chosen.state_dict(), "fc."))
-        | under("momentum_backbone.", without(momentum.state_dict(), "fc."))
+        "state_dict": under("backbone.", store(without(chosen.state_dict(), "fc.")))
+        | under("momentum_backbone.", store(without(momentum.state_dict(), "fc.")))
         | under("classifier.", nn.Linear(192, 10))
         | under("momentum_classifier.", nn.Linear(192, 10))
         | under("projector.", mlp(192, 16, 8))
         | under("momentum_projector.", mlp(192, 16, 8)),
-        "optimizer_states": [optimizer_state(nn.Linear(2, 2))],
+        "optimizer_states": [optimizer_state()],
         "hyper_parameters": {"method": "byol", "backbone": {"name": "vit_tiny"}},
     }
     return layout(saved(folder, content, "solo.ckpt"), chosen, format="solo-learn", key="state_dict.backbone")
@@ -643,7 +654,7 @@ def lightly_resnet(folder: Path) -> Layout:
     """Write `nn.Sequential(*list(resnet.children())[:-1])`, the backbone of lightly's examples."""
     heads = lightly("heads").SimSiamProjectionHead(512, 16, 8)
     backbone = nn.Sequential(*list(resnet().children())[:-1])
-    content = {"state_dict": under("backbone.", backbone) | under("projection_head.", heads)}
+    content = {"state_dict": under("backbone.", halved(backbone.state_dict())) | under("projection_head.", heads)}
     return resnet_layout(saved(folder, content, "simsiam.ckpt"), resnet(), format="lightly", key="state_dict")
 
 
@@ -684,11 +695,16 @@ def lightning(folder: Path) -> Layout:
     return vit_layout(folder / "last.ckpt", network.backbone.eval(), format="timm", key="state_dict")
 
 
+def compiled(network: nn.Module) -> nn.Module:
+    """Wrap a network as torch.compile does, without loading its compilers."""
+    return torch.compile(network, backend="eager")
+
+
 def wrapped(folder: Path, wrap: Callable[[nn.Module], nn.Module], key: str | None = "model") -> Layout:
     """Write the names of a training tool: as the state dict itself, or under a key beside the optimizer."""
     network = vit()
     weights = wrap(network).state_dict()
-    content = {key: weights, "optimizer": optimizer_state(network)} if key else weights
+    content = {key: weights, "optimizer": optimizer_state()} if key else weights
     return vit_layout(saved(folder, content), network, format="timm", key=key)
 
 
@@ -732,9 +748,9 @@ def timm_folder(folder: Path) -> Layout:
 
 
 def timm_resnet_folder(folder: Path) -> Layout:
-    network = randomize(timm.create_model("resnet18", num_classes=5))
+    network = randomize(timm.create_model("resnet18", num_classes=5)).half()
     timm.models.save_for_hf(network, folder, safe_serialization=False)
-    network.reset_classifier(0)
+    network.float().reset_classifier(0)
     layout = resnet_layout(folder, network, format="torchvision")
     return replace(layout, forward=lambda images: {"pool": outputs(network, images)[0]})
 
@@ -1264,15 +1280,15 @@ LAYOUTS: dict[str, Callable[[Path], Layout]] = {
     "Barlow Twins training": barlow_twins_training,
     "VICReg training": vicreg_training,
     "solo-learn ViT": partial(solo_learn, network=vit, layout=vit_layout),
-    "solo-learn ResNet": partial(solo_learn, network=resnet, layout=resnet_layout),
+    "solo-learn ResNet": partial(solo_learn, network=resnet, layout=resnet_layout, store=halved),
     "lightly timm ViT": lightly_transformer,
     "lightly torchvision ViT": lightly_torchvision,
     "lightly MSN": lightly_msn,
     "lightly ResNet": lightly_resnet,
     "Lightning": lightning,
-    "torch.compile": partial(wrapped, wrap=torch.compile, key=None),
+    "torch.compile": partial(wrapped, wrap=compiled, key=None),
     "DataParallel": partial(wrapped, wrap=nn.DataParallel),
-    "DataParallel of torch.compile": partial(wrapped, wrap=lambda network: nn.DataParallel(torch.compile(network))),
+    "DataParallel of torch.compile": partial(wrapped, wrap=lambda network: nn.DataParallel(compiled(network))),
     "FSDP": fully_sharded,
     "AveragedModel": partial(wrapped, wrap=torch.optim.swa_utils.AveragedModel, key="model_ema"),
     "timm safetensors": timm_safetensors,
@@ -1441,7 +1457,7 @@ def changed_vit(folder: Path, change: Callable[[Weights], Weights]) -> Path:
 
 
 def changed_resnet(folder: Path, change: Callable[[Weights], Weights]) -> Path:
-    return saved(folder, {"state_dict": under("module.encoder_q.", change(dict(resnet().state_dict())))})
+    return saved(folder, {"state_dict": under("module.encoder_q.", change(halved(resnet().state_dict())))})
 
 
 def changed_huggingface(folder: Path, change: Callable[[Weights], Weights]) -> Path:
