@@ -60,7 +60,7 @@ def misfit(command: list[str], tmp_path: Path) -> list[str]:
 
 def test_refused_checkpoint_is_reported_once(misfit: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(misfit) == 20
-    assert capsys.readouterr().err.count("weights do not fit") == 1
+    assert capsys.readouterr().err.count("weights does not fit") == 1
 
 
 def test_refused_checkpoint_beside_others_is_in_the_table_and_reported_once(
@@ -69,7 +69,7 @@ def test_refused_checkpoint_beside_others_is_in_the_table_and_reported_once(
     code = main([*misfit, "--checkpoint", "pixels"])
 
     printed = capsys.readouterr()
-    assert (code, printed.err.count("weights do not fit"), printed.out.count("weights do not fit")) == (20, 1, 0)
+    assert (code, printed.err.count("weights does not fit"), printed.out.count("weights does not fit")) == (20, 1, 0)
     assert re.search(r"^misfit +REFUSED$", printed.out, re.MULTILINE)
 
 
@@ -77,7 +77,7 @@ def test_dry_run_ends_as_the_run_for_a_refused_checkpoint(
     misfit: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([*misfit, "--dry-run"]) == 20
-    assert "weights do not fit" in capsys.readouterr().out
+    assert "weights does not fit" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

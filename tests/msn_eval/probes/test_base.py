@@ -166,8 +166,8 @@ _NOT_FINITE = "features at tap cls are not finite for"
         ("single class", "the 20 labelled images are of a single class\nLabel images of at least two classes."),
         ("negative label", "1 label is outside of 0 to 3, first 7.png has -1\nNumber the classes from 0."),
         ("large label", "1 label is outside of 0 to 3, first 7.png has 4\nNumber the classes from 0."),
-        ("nan", f"{_NOT_FINITE} 1 labelled images, first 3.png\nRetry with --precision fp32."),
-        ("inf", f"{_NOT_FINITE} 1 labelled images, first 3.png\nRetry with --precision fp32."),
+        ("nan", f"{_NOT_FINITE} 1 labelled image, first 3.png\nRetry with --precision fp32."),
+        ("inf", f"{_NOT_FINITE} 1 labelled image, first 3.png\nRetry with --precision fp32."),
         ("many rows", f"{_NOT_FINITE} 7 labelled images, first 9.png, 10.png, 11.png, 12.png, 13.png\nRetry"),
     ],
 )
