@@ -93,11 +93,11 @@ def list_entries(folder: Path) -> list[os.DirEntry[str]]:
 
 
 def check_is_folder(root: Path, hint: str) -> None:
-    """Raise UnknownLayoutError where a data set's folder is missing or a file."""
+    """Raise UnknownLayoutError where a data set's folder is missing or a file, DataError where its name seems mistyped."""
     if not root.is_dir():
         state = "is a file, not a folder" if root.exists() else "does not exist"
         if suggestion := "" if root.exists() else suggest_paths(str(root)):
-            state += f".{suggestion}"
+            raise DataError(f"the data folder {state}.{suggestion}", where=str(root), hint=hint)
         raise UnknownLayoutError(f"the data folder {state}", where=str(root), hint=hint)
 
 

@@ -63,6 +63,13 @@ def test_missing_folder_is_named_with_a_hint(tmp_path: Path) -> None:
     assert str(caught.value).startswith(f"{tmp_path / 'nowhere'}: the data folder does not exist\nGive a folder")
 
 
+def test_mistyped_folder_is_answered_without_a_list_of_layouts(tmp_path: Path) -> None:
+    root = make_files(tmp_path, ["photos/train/a/x.jpg"])
+    with pytest.raises(DataError, match=r"Did you mean .*photos") as caught:
+        read_dataset(str(root / "photoz"))
+    assert "Data sets that can be read" not in caught.value.hint
+
+
 @pytest.mark.parametrize("inside", [[], ["notes.txt"], ["train/a/x.jpg"], ["pictures/deep/below/x.jpg"]])
 def test_folder_that_cannot_be_read_names_every_layout_that_can(tmp_path: Path, inside: list[str]) -> None:
     with pytest.raises(DataError) as caught:
