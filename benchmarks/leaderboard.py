@@ -53,9 +53,21 @@ def build(out: Path) -> None:
         )
         if code:
             raise SystemExit(code)
+        if group.endswith("-supervised"):
+            _mark_supervised(out / group)
     _draw_figure(out / "label_efficiency.svg", _draw_label_efficiency)
     _draw_figure(out / "trajectories.svg", _draw_trajectories)
     (out / "variance.md").write_text("\n".join(_format_variance()) + "\n")
+
+
+def _mark_supervised(folder: Path) -> None:
+    """Write into a page and Markdown that the networks learned with labels of the same classes."""
+    page, markdown = folder / "table.html", folder / "table.md"
+    text = page.read_text(encoding="utf-8")
+    page.write_text(
+        text.replace("low-shot accuracy<", "low-shot accuracy, supervised on these classes<"), encoding="utf-8"
+    )
+    markdown.write_text(f"Supervised on these classes\n\n{markdown.read_text(encoding='utf-8')}", encoding="utf-8")
 
 
 def _draw_figure(path: Path, draw_panel: "Callable[[Axes, str], None]") -> None:
