@@ -123,6 +123,8 @@ def _draw_trajectories(axes: "Axes", data: str) -> None:
     """Draw accuracy by logistic regression on 5 images per class over epochs, the mean of the draws."""
     for run, (label, shade, marker) in _RUNS.items():
         records = read_results(HOME / "records/trajectories" / data / run)
+        if records.duplicated(["checkpoint.epoch", "split.draw"]).any():
+            raise SystemExit(f"{data}/{run}: several snapshots of one epoch; keep the records of the last")
         means = 100 * records.groupby("checkpoint.epoch")["metrics.top1"].mean()
         axes.plot(means.index, means, marker=marker, color=get_colour(shade), label=label)
     records = read_results(HOME / "records" / data)

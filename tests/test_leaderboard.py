@@ -19,6 +19,13 @@ def test_pages_tables_and_figures_are_rebuilt_bit_for_bit(tmp_path: Path) -> Non
     assert (len(built), different) == (3 * len(leaderboard.GROUPS) + 3, [])
 
 
+@pytest.mark.parametrize("group", leaderboard.GROUPS)
+def test_tables_of_supervised_networks_are_marked(group: str) -> None:
+    texts = [(HOME / group / name).read_text(encoding="utf-8").lower() for name in ("table.html", "table.md")]
+
+    assert ["supervised on these classes" in text for text in texts] == [group.endswith("-supervised")] * 2
+
+
 def test_records_name_no_machine() -> None:
     records = [json.loads(path.read_text()) for path in (HOME / "records").rglob("*.json")]
     assert records
