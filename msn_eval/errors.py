@@ -18,6 +18,7 @@ when it was asked to stop (SIGTERM) and with 130 when it was interrupted.
 import contextlib
 import difflib
 import heapq
+import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -110,9 +111,7 @@ def _find_closest(name: str, known: Iterable[str]) -> list[str]:
 def _count_shared_ends(name: str, other: str) -> int:
     """Return how many characters two names share at their starts and at their ends."""
     both_ways = ((name, other), (name[::-1], other[::-1]))
-    return sum(
-        next((n for n, (a, b) in enumerate(zip(*pair, strict=False)) if a != b), len(name)) for pair in both_ways
-    )
+    return sum(len(os.path.commonprefix(pair)) for pair in both_ways)  # noqa: RUF071 - of characters, not of paths
 
 
 def _join_suggestions(names: list[str]) -> str:
